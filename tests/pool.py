@@ -1,7 +1,7 @@
 """A pool of worker processes that all distributed tests share.
 
-Starting a process and importing PyTorch costs seconds, so the workers start once. A task asks for a world of n ranks and
-runs on workers 0..n-1, whose default process group is then exactly those n ranks: code under test may use
+Starting a process and importing PyTorch costs seconds, so the workers start once. A task asks for a world of n ranks
+and runs on workers 0..n-1, whose default process group is then exactly those n ranks: code under test may use
 ``dist.group.WORLD`` freely. A rank that raises, dies or hangs fails its task and never the tasks after it.
 """
 
@@ -33,7 +33,7 @@ class RankError(AssertionError):
 
 
 class Pool:
-    """``Pool().run(n, fn, *args)`` calls ``fn(*args)`` on n ranks and returns their results in the order of the ranks."""
+    """``Pool().run(n, fn, *args)`` calls ``fn(*args)`` on n ranks and returns their results in rank order."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")

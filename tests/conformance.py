@@ -1,0 +1,252 @@
+"""The conformance harness: the same seeded gradients for one plain process and for a sharded run must give one result.
+
+Three tables are crossed: optimizer cases (``Case``), layouts (``tests/layouts.py``) and backends. A new optimizer is
+one row in ``tests/test_conformance.py``. The ranks only report what they hold (``on_rank``); the parent process builds
+the reference and judges (``faults``), so that nothing distributed can touch the reference.
+
+Training has LAST + 1 steps. At NONE_ON_ALL some gradients are None on every rank. At the last step some are None on one
+rank only, and the rule is: that rank's piece of the parameter, its state and its counter stay as they were, and it adds
+nothing to the norms. The reference for that step is a plain run on tensors made of just the elements that take part.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.layouts import LAYOUTS, Layout, Plain
+from tests.pool import Pool
+
+LAST, NONE_ON_ALL = 5, 2
+SHAPES: dict[str, tuple[int, ...]] = {
+    "scalar": (),
+    "one": (1,),
+    "vector": (11,),
+    "row": (1, 6),
+    "matrix": (7, 5),
+    "conv": (4, 3, 2, 2),
+    "short": (2, 3),  # fewer rows than ranks
+    "square": (3, 3),
+}
+SKIPPED = ("vector", "conv", "scalar")  # gradients that are None on all ranks at step NONE_ON_ALL
+DROPPED = ("vector", "matrix", "short", "one")  # gradients that are None on one rank at the last step
+ABSENT = 1  # ... and that rank (with the replicas of its piece)
+GRID = 64  # every value is a multiple of 1/64 below 4, so that means over ranks are exact and hide no error
+RELATIVE_ERROR = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-14,
+    torch.bfloat16: 1e-2,
+}  # of the update, where norms are summed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an optimizer with its settings. ``exact``: elementwise, so the sharded result must be bitwise equal."""
+
+    name: str
+    optimizer: str  # where to import it from: "oput_dist.Lamb"
+    options: dict[str, Any] = field(default_factory=dict)
+    second: dict[str, Any] = field(default_factory=dict)  # what the second parameter group overrides
+    exact: bool = True
+
+    def build(self, params: dict[str, Tensor], **extra: Any) -> torch.optim.Optimizer:
+        module, _, name = self.optimizer.rpartition(".")
+        names = list(SHAPES)
+        groups: list[dict[str, Any]] = [{"params": [params[k] for k in names[0::2] if k in params]}]
+        groups.append({"params": [params[k] for k in names[1::2] if k in params], **self.second})
+        if module.startswith("torch."):  # torch's own optimizers prove the harness; they have no backends
+            extra = {"foreach": False}
+        options = {**self.options, **extra}
+        return getattr(importlib.import_module(module), name)([group for group in groups if group["params"]], **options)
+
+
+def on_grid(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (drawn.clamp(-3.9, 3.9) * GRID).round().div(GRID).to(dtype)
+
+
+def start_values(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: on_grid(i, shape, dtype) for i, (name, shape) in enumerate(SHAPES.items())}
+
+
+def gradients(step: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    made = {name: on_grid(100 * (step + 1) + i, shape, dtype) for i, (name, shape) in enumerate(SHAPES.items())}
+    return {name: None if step == NONE_ON_ALL and name in SKIPPED else grad for name, grad in made.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- on every rank
+
+Snapshot = dict[str, dict[str, np.ndarray]]  # parameter -> "param" or the name of a state -> what this process holds
+Pieces = dict[str, np.ndarray]  # parameter -> the flat indices of the elements that a rank holds
+
+
+@dataclass
+class Report:
+    """What one rank holds before and after the last step."""
+
+    before: Snapshot
+    after: Snapshot
+    pieces: Pieces
+    absent: set[str]  # parameters whose gradient was None on this rank at the last step
+    misplaced: list[str]  # state that is not laid out as its parameter
+
+
+def local(value: Tensor) -> np.ndarray:
+    value = value.detach()
+    value = value.to_local() if isinstance(value, DTensor) else value
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
+
+
+def snapshot(params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+    taken = {}
+    for name, p in params.items():
+        state = {k: local(v) for k, v in sorted(optimizer.state[p].items()) if isinstance(v, Tensor)}
+        taken[name] = {"param": local(p), **state}
+    return taken
+
+
+def on_rank(layout: str, cases: list[Case], dtypes: list[torch.dtype], backends: list[str]) -> list[Report]:
+    """Trains every case x dtype x backend under one layout, in the order of ``itertools.product``."""
+    pieces = held(LAYOUTS[layout]())
+    everyone: list[Pieces] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, pieces)
+    absent = set(DROPPED) if len(everyone) > ABSENT else set()
+    absent = {name for name in absent if np.array_equal(pieces[name], everyone[ABSENT][name])}
+    rows = itertools.product(cases, dtypes, backends)
+    return [train(LAYOUTS[layout](), *row, pieces, absent) for row in rows]
+
+
+def held(layout: Layout) -> Pieces:
+    params = layout.start(start_values(torch.float32))
+    indices = {name: torch.arange(p.numel()).reshape(p.shape) for name, p in params.items()}
+    return {name: layout.piece(params[name], indices[name]).numpy() for name in params}
+
+
+def train(layout: Layout, case: Case, dtype: torch.dtype, backend: str, pieces: Pieces, absent: set[str]) -> Report:
+    params = layout.start(start_values(dtype))
+    optimizer = case.build(params, backend=backend, **layout.options)
+    for step in range(LAST):
+        layout.give(params, gradients(step, dtype))
+        optimizer.step()
+    before = snapshot(params, optimizer)
+    layout.give(params, gradients(LAST, dtype))
+    for name in absent:
+        params[name].grad = None
+    optimizer.step()
+    misplaced = [
+        f"state {k} of {name} is not laid out as its parameter"
+        for name, p in params.items()
+        for k, v in optimizer.state[p].items()
+        if k != "step" and not layout.alike(p, v)
+    ]
+    return Report(before, snapshot(params, optimizer), pieces, absent, misplaced)
+
+
+# ------------------------------------------------------------------------------------------------------- in the parent
+
+
+def faults(
+    pool: Pool, layout: str, n: int, cases: list[Case], dtypes: list[torch.dtype], backends: list[str]
+) -> list[str]:
+    """Runs everything on n ranks; one line for each tensor on each rank that differs from the plain run."""
+    everyone = pool.run(n, on_rank, layout, cases, dtypes, backends, timeout=300.0)
+    found = []
+    for row, *reports in zip(itertools.product(cases, dtypes, backends), *everyone, strict=True):
+        case, dtype, backend = row
+        missing = {name: reports[ABSENT].pieces[name] for name in DROPPED} if n > ABSENT else {}
+        before = reference(Key(case), dtype)
+        after = last_step(case, before, missing, dtype)
+        limit = 0.0 if case.exact and backend != "compile" else RELATIVE_ERROR[dtype]
+        for rank, report in enumerate(reports):
+            lines = report.misplaced + compare(before, report.before, report, layout, limit)
+            stale = {name: {"step": before[name]["step"]} for name in report.absent if "step" in before[name]}
+            wanted = {name: tensors | stale.get(name, {}) for name, tensors in after.items()}
+            lines += [f"after the last step, {x}" for x in compare(wanted, report.after, report, layout, limit)]
+            header = f"{case.name} {dtype} {backend} under {layout} on {n} ranks, rank {rank}"
+            found += [f"{header}: {line}" for line in lines]
+    return found
+
+
+def compare(wanted: Snapshot, got: Snapshot, report: Report, layout: str, limit: float) -> list[str]:
+    """What differs between the reference and one rank's pieces of it.
+
+    The error of a parameter is max|got - wanted| / max|wanted - start|, relative to how far training moved it; that of
+    a state is relative to the largest element of that state.
+    """
+    start = start_values(torch.float64)
+    found = []
+    for name, tensors in wanted.items():
+        if tensors.keys() != got[name].keys():
+            found.append(f"{name} has {sorted(got[name])} instead of {sorted(tensors)}")
+            continue
+        for k, whole in tensors.items():
+            entire = k == "step" or (k == "param" and LAYOUTS[layout].whole_parameters)
+            expected = whole if entire else whole.reshape(-1)[report.pieces[name]]
+            if expected.shape != got[name][k].shape:
+                found.append(f"{name}.{k} has shape {got[name][k].shape} instead of {expected.shape}")
+            elif not np.array_equal(expected, got[name][k]):
+                scale = np.abs(whole - start[name].numpy() if k == "param" else whole).max()
+                error = np.abs(got[name][k] - expected).max() / max(scale, 1e-30)
+                if not error <= limit:
+                    found.append(f"{name}.{k} is off by {error:.1e}, limit {limit:.0e}")
+    return found
+
+
+class Key:
+    """A case as a key of the cache of references: layouts and backends share one."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.text = case, repr((case.optimizer, case.options, case.second))
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.text == other.text
+
+
+@functools.cache
+def reference(key: Key, dtype: torch.dtype) -> Snapshot:
+    """One plain process, backend eager, up to the last step."""
+    layout = Plain()
+    params = layout.start(start_values(dtype))
+    plain = key.case.build(params, backend="eager")
+    for step in range(LAST):
+        layout.give(params, gradients(step, dtype))
+        plain.step()
+    return snapshot(params, plain)
+
+
+def last_step(case: Case, before: Snapshot, missing: Pieces, dtype: torch.dtype) -> Snapshot:
+    """The rule for missing gradients, spelt out: a plain step on tensors made of just the elements that take part."""
+    grads = gradients(LAST, dtype)
+    after = {name: {k: v.copy() for k, v in tensors.items()} for name, tensors in before.items()}
+    present = {name: np.setdiff1d(np.arange(v["param"].size), missing.get(name, [])) for name, v in before.items()}
+
+    def part(name: str, values: np.ndarray) -> Tensor:
+        everything = present[name].size == values.size  # a whole tensor keeps its shape
+        return torch.from_numpy(values.copy() if everything else values.reshape(-1)[present[name]]).to(dtype)
+
+    params = {name: torch.nn.Parameter(part(name, v["param"])) for name, v in before.items() if present[name].size}
+    optimizer = case.build(params, backend="eager")
+    for name, p in params.items():
+        p.grad = part(name, local(grads[name]))
+        state = {k: part(name, v) for k, v in before[name].items() if k not in ("param", "step")}
+        optimizer.state[p] = state | {k: torch.tensor(v) for k, v in before[name].items() if k == "step"}
+    optimizer.step()
+    for name, tensors in snapshot(params, optimizer).items():
+        for k in tensors.keys() - {"step"}:
+            after[name][k].reshape(-1)[present[name]] = tensors[k].reshape(-1)
+    for tensors in after.values():
+        if "step" in tensors:
+            tensors["step"] = tensors["step"] + 1
+    return after

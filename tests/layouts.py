@@ -1,0 +1,205 @@
+"""How parameters are spread over ranks: the layouts that the conformance harness crosses with the optimizers.
+
+A new layout is one subclass of ``Layout``, entered in ``LAYOUTS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+
+class Layout:
+    """How parameters are spread over the ranks. Subclasses live on the ranks; ``name`` and ``worlds`` are the table."""
+
+    name = ""
+    worlds: tuple[int, ...] = ()
+    options: Mapping[str, Any] = MappingProxyType({})  # what the optimizer needs to know
+    whole_parameters = False  # every rank holds whole parameters and only the state is cut
+
+    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters that the optimizer gets."""
+        raise NotImplementedError
+
+    def give(self, params: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+        """Sets ``grad`` of every parameter to this rank's part of the global gradient."""
+        raise NotImplementedError
+
+    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+        """This rank's part of ``values``, cut as the state of the parameter ``p``."""
+        raise NotImplementedError
+
+    def alike(self, p: Tensor, state: Tensor) -> bool:
+        """Whether a state tensor is laid out as it should be for ``p``."""
+        return isinstance(state, DTensor) and (state.shape, state.placements, state.device_mesh) == (
+            p.shape,
+            p.placements,
+            p.device_mesh,
+        )
+
+
+class Plain(Layout):
+    """Every rank trains alone; the optimizer must not notice that a process group exists."""
+
+    name, worlds = "plain", (1, 2)
+    whole_parameters = True
+
+    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.nn.Parameter(value.clone()) for name, value in values.items()}
+
+    def give(self, params: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+        for name, grad in grads.items():
+            params[name].grad = None if grad is None else grad.clone()
+
+    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    def alike(self, p: Tensor, state: Tensor) -> bool:
+        return not isinstance(state, DTensor) and state.shape == p.shape
+
+
+class Zero1(Plain):
+    """Replicated parameters, state and update partitioned by rows over a group."""
+
+    name, worlds = "zero1", (1, 2, 3, 4)
+
+    def __init__(self) -> None:
+        self.options = {"shard_group": dist.group.WORLD}
+
+    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+        rows = values.chunk(dist.get_world_size()) if values.ndim else (values,) * dist.get_world_size()
+        return rows[dist.get_rank()] if dist.get_rank() < len(rows) else values[:0]
+
+    def alike(self, p: Tensor, state: Tensor) -> bool:
+        placement = Shard(0) if p.ndim else Replicate()
+        return isinstance(state, DTensor) and (state.shape, state.placements) == (p.shape, (placement,))
+
+
+class Distributed(Layout):
+    """DTensor parameters on a mesh; subclasses say which, and how a shape is cut."""
+
+    mesh_shape: tuple[int, ...] | None = None  # None: one axis with all ranks
+
+    def __init__(self) -> None:
+        self.mesh = init_device_mesh("cpu", self.mesh_shape or (dist.get_world_size(),))
+
+    def place(self, shape: tuple[int, ...]) -> list[Placement]:
+        raise NotImplementedError
+
+    def cut(self, values: Tensor) -> DTensor:
+        return distribute_tensor(values, self.mesh, self.place(tuple(values.shape)), src_data_rank=None)
+
+    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.nn.Parameter(self.cut(value.clone())) for name, value in values.items()}
+
+    def give(self, params: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+        for name, grad in grads.items():
+            params[name].grad = None if grad is None else self.cut(grad.clone())
+
+    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+        return self.cut(values).to_local()
+
+
+class Rows(Distributed):
+    """What FSDP2 makes of parameters, for any shape: Shard(0) on one axis."""
+
+    name, worlds = "rows", (1, 2, 3, 4)
+
+    def place(self, shape: tuple[int, ...]) -> list[Placement]:
+        return [Shard(0) if shape else Replicate()]
+
+
+class Columns(Distributed):
+    """Shard(1) where there is a second dimension (row-wise tensor parallelism)."""
+
+    name, worlds = "columns", (2, 3)
+
+    def place(self, shape: tuple[int, ...]) -> list[Placement]:
+        return [Shard(1) if len(shape) > 1 else Shard(0) if shape else Replicate()]
+
+
+class Hsdp(Distributed):
+    """Two replicas of two shards."""
+
+    name, worlds, mesh_shape = "hsdp", (4,), (2, 2)
+
+    def place(self, shape: tuple[int, ...]) -> list[Placement]:
+        return [Replicate(), Shard(0) if shape else Replicate()]
+
+
+class Grid(Distributed):
+    """Both dimensions cut; vectors are cut along one axis and replicated along the other."""
+
+    name, worlds, mesh_shape = "grid", (4,), (2, 2)
+
+    def place(self, shape: tuple[int, ...]) -> list[Placement]:
+        return [Shard(0) if shape else Replicate(), Shard(1) if len(shape) > 1 else Replicate()]
+
+
+class Weights(torch.nn.Module):
+    """Holds parameters; its loss is the sum of each parameter times a constant, which is then its gradient."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, torch.nn.Parameter(value.clone()))
+
+    def forward(self, factors: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(self.get_parameter(name) * factor).sum() for name, factor in factors.items()]).sum()
+
+
+class Fsdp2(Layout):
+    """A real module under ``fully_shard``: gradients come from backward and are reduced over ranks that disagree.
+
+    FSDP2 refuses 0-d parameters, so the scalar stays outside of it as one of the ``ignored_params``.
+    """
+
+    name, worlds = "fsdp2", (2, 3, 4)
+
+    def __init__(self) -> None:
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.module = Weights(values)
+        scalars = {p for p in self.module.parameters() if not p.ndim}
+        fully_shard(self.module, mesh=self.mesh, ignored_params=scalars)
+        return dict(self.module.named_parameters())
+
+    def give(self, params: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
+        sign = {0: 1.0, 1: -1.0}.get(
+            dist.get_rank(), 0.0
+        )  # ranks 0 and 1 disagree; the mean over ranks is the gradient
+        present = {name: grad for name, grad in grads.items() if grad is not None}
+        self.module.zero_grad()
+        self.module({name: grad + sign * bool(grad.ndim) for name, grad in present.items()}).backward()
+
+    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+        if not isinstance(p, DTensor):
+            return values
+        return distribute_tensor(values, self.mesh, p.placements, src_data_rank=None).to_local()
+
+    def alike(self, p: Tensor, state: Tensor) -> bool:
+        return super().alike(p, state) if isinstance(p, DTensor) else state.shape == p.shape
+
+
+class Hsdp2(Fsdp2):
+    """FSDP2 with two replicas of two shards."""
+
+    name, worlds = "fsdp2-hsdp", (4,)
+
+    def __init__(self) -> None:
+        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+LAYOUTS: dict[str, type[Layout]] = {
+    layout.name: layout for layout in (Plain, Rows, Columns, Hsdp, Grid, Zero1, Fsdp2, Hsdp2)
+}
+WORLDS = [(name, n) for name, layout in LAYOUTS.items() for n in layout.worlds]
