@@ -1,0 +1,87 @@
+"""Compile the grouped kernel for a GPU that is not there: for tests, and to read what the compiler made of a rule."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .grouped import constexprs, grouped, num_warps
+from .stage import Prologue, Stage
+
+__all__ = ["TARGETS", "Report", "compile_stage"]
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a stage: its wide accesses and its spills."""
+
+    target: str
+    wide_loads: int
+    """128-bit global loads."""
+    wide_stores: int
+    spills: int
+    """Bytes of stack (NVIDIA) or spilled vector registers (AMD)."""
+    assembly: str
+
+
+def compile_stage(
+    target: str,
+    stage: Stage,
+    prologue: Prologue,
+    scalars: type,
+    terms: int = 0,
+    scaled: bool = False,
+    p: torch.dtype = torch.float32,
+    g: torch.dtype = torch.float32,
+    state: tuple[torch.dtype, ...] = (),
+) -> Report:
+    """Compile ``stage`` for a target of :data:`TARGETS`, without a GPU. Not under ``TRITON_INTERPRET=1``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fixed = constexprs(stage, prologue, scalars, terms, scaled, p, g, state)
+    pointers = {"table": "*i64", "hyper": "*fp64", "tiles": "*i32", "scale": "*fp64", "partial": "*fp64", "sums": "*fp64"}
+    source = ASTSource(
+        fn=grouped, signature={**pointers, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed, attrs={}
+    )
+    hip = TARGETS[target][0] == "hip"
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": num_warps(hip)})
+    return _report(target, compiled)
+
+
+def _report(target: str, compiled: Any) -> Report:
+    if "ptx" in compiled.asm:
+        text = compiled.asm["ptx"]
+        loads = len(re.findall(r"ld\.global\.(?:\w+\.)*v4\.b32", text))
+        stores = len(re.findall(r"st\.global\.(?:\w+\.)*v4\.b32", text))
+        return Report(target, loads, stores, _stack(compiled.asm["cubin"]), text)
+    text = compiled.asm["amdgcn"]
+    loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    stores = len(re.findall(r"(?:global|buffer)_store_dwordx4", text))
+    spills = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))
+    return Report(target, loads, stores, spills, text)
+
+
+def _stack(cubin: bytes) -> int:
+    """Bytes of stack that a CUDA binary uses: more than none means that registers were spilled."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return sum(int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout))

@@ -1,0 +1,224 @@
+"""The grouped Triton launch: one kernel runs a stage on any number of tensors.
+
+Tensors are described by a table of int64 rows, ``[numel, aligned, p, g, state...]`` (data pointers), scalars by a
+float64 row per tensor, ``[decay, *h]``, and the grid by a list of tiles, ``[tensor, tile of the tensor]``. So neither
+the number of tensors, nor a schedule, nor the parameter groups change the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .language import HAS_TRITON, jit, tl
+from .stage import Apply, Decay, Measure, Prologue, Stage, Update
+
+__all__ = ["BLOCK", "constexprs", "grouped", "num_warps", "segmented_sum"]
+
+BLOCK = 1024
+"""Elements of one tile, and of one program."""
+_NUM_WARPS = {"cuda": 4, "hip": 2}  # warps of 32 and of 64 threads
+
+_UPDATE, _MEASURE, _APPLY = 0, 1, 2
+_KINDS: dict[type, int] = {Update: _UPDATE, Measure: _MEASURE, Apply: _APPLY}
+
+
+@jit
+def _scalars(row, N: tl.constexpr, C: tl.constexpr):
+    """``N`` values of a float64 row, in the compute dtype."""
+    out = ()
+    for i in tl.static_range(N):
+        out = out + (tl.load(row + i).to(C),)
+    return out
+
+
+@jit
+def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, MASKED: tl.constexpr):
+    pointer = tl.load(row + column).to(tl.pointer_type(dtype))
+    if not MASKED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@jit
+def _tile(
+    row,
+    hyper,
+    scale,
+    partial,
+    sums,
+    start,
+    numel,
+    RULE: tl.constexpr,
+    FACTORS: tl.constexpr,
+    H: tl.constexpr,
+    KIND: tl.constexpr,
+    N_H: tl.constexpr,
+    N_TERMS: tl.constexpr,
+    DECAY: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    WRITES_STATE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile: prologue, rule, stores. Unmasked (``MASKED=False``) the accesses are 128 bits wide."""
+    offsets = start + tl.arange(0, BLOCK)
+    mask = None
+    if MASKED:
+        mask = offsets < numel
+    p_ptr = _pointer(row, 2, P, MASKED)
+    p = tl.load(p_ptr + offsets, mask=mask).to(C)
+    g = tl.load(_pointer(row, 3, G, MASKED) + offsets, mask=mask).to(C)
+    state = ()
+    for i in tl.static_range(len(S)):
+        state = state + (tl.load(_pointer(row, 4 + i, S[i], MASKED) + offsets, mask=mask).to(C),)
+    h = H(*_scalars(hyper + 1, N_H, C))
+    decay = tl.load(hyper).to(C)
+    if SCALED:
+        g = g * tl.load(scale).to(C)
+    if MAXIMIZE:
+        g = -g
+    if DECAY == 1:
+        g = g + decay * p
+    if DECAY == 2 and KIND != 1:
+        p = p * decay
+    if KIND == 0:
+        p, state = RULE(p, g, state, h)
+    elif KIND == 1:
+        state, terms = RULE(p, g, state, h)
+        for i in tl.static_range(N_TERMS):
+            term = terms[i]
+            if MASKED:
+                term = tl.where(mask, term, 0.0)
+            tl.store(partial + i, tl.sum(term).to(tl.float64))
+    else:
+        p = RULE(p, g, state, h, FACTORS(_scalars(sums, N_TERMS, C), h))
+    if KIND != 1:
+        tl.store(p_ptr + offsets, p.to(P), mask=mask)
+    if WRITES_STATE:
+        for i in tl.static_range(len(S)):
+            tl.store(_pointer(row, 4 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
+
+
+@jit
+def grouped(
+    table,
+    hyper,
+    tiles,
+    scale,
+    partial,
+    sums,
+    RULE: tl.constexpr,
+    FACTORS: tl.constexpr,
+    H: tl.constexpr,
+    KIND: tl.constexpr,
+    N_H: tl.constexpr,
+    N_TERMS: tl.constexpr,
+    DECAY: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+    WRITES_STATE: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program ``i`` runs the stage on tile ``tiles[i]``; see the module's docstring for the arguments.
+
+    ``scale`` is one float64 that multiplies every gradient; ``partial`` receives one row of sums per tile (Measure);
+    ``sums`` holds one row of global sums per tensor (Apply).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(tiles + 2 * pid).to(tl.int64)
+    start = tl.load(tiles + 2 * pid + 1).to(tl.int64) * BLOCK
+    row = table + tensor * (4 + len(S))
+    numel = tl.load(row)
+    hyper = hyper + tensor * (1 + N_H)
+    partial = partial + pid * N_TERMS
+    sums = sums + tensor * N_TERMS
+    if (start + BLOCK <= numel) & (tl.load(row + 1) != 0):
+        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, DECAY, MAXIMIZE,
+              SCALED, WRITES_STATE, P, G, S, C, BLOCK, False)  # fmt: skip
+    else:
+        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, DECAY, MAXIMIZE,
+              SCALED, WRITES_STATE, P, G, S, C, BLOCK, True)  # fmt: skip
+
+
+@jit
+def segmented_sum(partial, first_tile, out, N_TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program ``i`` adds the partial sums of tensor ``i``, tiles ``first_tile[i]`` to ``first_tile[i + 1]``, in order."""
+    tensor = tl.program_id(0)
+    begin = tl.load(first_tile + tensor)
+    end = tl.load(first_tile + tensor + 1)
+    for term in tl.static_range(N_TERMS):
+        total = tl.zeros((BLOCK,), dtype=tl.float64)
+        for at in range(begin, end, BLOCK):
+            index = at + tl.arange(0, BLOCK)
+            total += tl.load(partial + index.to(tl.int64) * N_TERMS + term, mask=index < end, other=0.0)
+        tl.store(out + tensor * N_TERMS + term, tl.sum(total))
+
+
+def num_warps(hip: bool) -> int:
+    """Warps of a program: eight elements a thread, so that 16-bit dtypes too move 128 bits at a time."""
+    return _NUM_WARPS["hip" if hip else "cuda"]
+
+
+_DTYPES: dict[torch.dtype, Any] = (
+    {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+    }
+    if HAS_TRITON
+    else {}
+)
+
+
+def constexprs(
+    stage: Stage,
+    prologue: Prologue,
+    scalars: type,
+    terms: int,
+    scaled: bool,
+    p: torch.dtype,
+    g: torch.dtype,
+    state: tuple[torch.dtype, ...],
+) -> dict[str, Any]:
+    """The compile-time arguments of :func:`grouped` for a stage.
+
+    Args:
+        stage: what to run.
+        prologue: what comes before the rule.
+        scalars: the NamedTuple class of the rule's ``h``.
+        terms: terms of the measure that belongs to the stage (0 for an update).
+        scaled: whether a gradient scale is given.
+        p, g, state: dtypes of parameter, gradient and each state.
+    """
+    return {
+        "RULE": stage.rule,
+        "FACTORS": stage.factors if isinstance(stage, Apply) else stage.rule,
+        "H": scalars,
+        "KIND": _KINDS[type(stage)],
+        "N_H": len(scalars._fields),  # type: ignore[attr-defined]
+        "N_TERMS": terms,
+        "DECAY": prologue.decay.value,
+        "MAXIMIZE": prologue.maximize,
+        "SCALED": scaled,
+        "WRITES_STATE": isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state),
+        "P": _DTYPES[p],
+        "G": _DTYPES[g],
+        "S": tuple(_DTYPES[d] for d in state),
+        "C": tl.float64 if p == torch.float64 else tl.float32,
+        "BLOCK": BLOCK,
+    }
+
+
+assert (Decay.L2.value, Decay.SHRINK.value) == (1, 2)  # the literals in _tile

@@ -1,0 +1,126 @@
+"""The language that rules are written in: the Triton subset that also runs on plain torch tensors.
+
+A *rule* is a small pure function decorated with :func:`rule`. The Triton kernels call it on tiles; :func:`as_torch`
+gives the same function on torch tensors, by rebinding the name ``tl`` (and the rules that it calls) to torch.
+Without Triton installed, ``tl`` is the torch namespace and everything but the Triton kernels works.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["HAS_TRITON", "Rule", "as_torch", "fresh_function", "jit", "rule", "tl"]
+
+
+class _TorchLanguage:
+    """The names of ``triton.language`` that rules may use, on torch tensors and 0-d tensors."""
+
+    sqrt = staticmethod(torch.sqrt)
+    abs = staticmethod(torch.abs)
+    exp = staticmethod(torch.exp)
+    log = staticmethod(torch.log)
+
+    @staticmethod
+    def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
+        return torch.where(condition, x, y)
+
+    @staticmethod
+    def maximum(x: torch.Tensor, y: Any) -> torch.Tensor:
+        return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+
+    @staticmethod
+    def minimum(x: torch.Tensor, y: Any) -> torch.Tensor:
+        return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
+
+
+_TORCH = _TorchLanguage()
+
+
+class _PlainRule:
+    """Stands in for a Triton JIT function where Triton cannot be installed: holds the function, launches nothing."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.__name__ = fn.__name__
+        self.__doc__ = fn.__doc__
+
+    def __call__(self, *args: Any) -> Any:
+        return as_torch(self)(*args)
+
+
+try:
+    import triton
+    import triton.runtime.interpreter
+    import triton.language as tl
+
+    HAS_TRITON = True
+    jit: Callable[..., Any] = triton.jit
+    _RULE_TYPES: tuple[type, ...] = (triton.runtime.jit.JITFunction, triton.runtime.interpreter.InterpretedFunction)
+except ImportError:  # no wheel for this platform: the torch backends remain
+    HAS_TRITON = False
+    tl = _TORCH
+    jit = _PlainRule
+    _RULE_TYPES = (_PlainRule,)
+
+Rule = Any  # a function decorated with @rule: a Triton JIT function, its interpreted form, or a _PlainRule
+
+
+def rule(fn: Callable[..., Any]) -> Rule:
+    """Mark a function as a rule: pure, in the subset of Triton that :class:`_TorchLanguage` also has.
+
+    Example::
+
+        @rule
+        def sgd(p, g, state, h):
+            return p - h.lr * g, state
+    """
+    fn.__globals__.setdefault("tl", tl)  # Triton's interpreter insists on it, even where a rule needs no function of it
+    return jit(fn)
+
+
+_as_torch_cache: dict[Rule, Callable[..., Any]] = {}
+
+
+def as_torch(a_rule: Rule) -> Callable[..., Any]:
+    """The rule as a function of torch tensors (elementwise tensors for tiles, 0-d or 1-d tensors for scalars)."""
+    if a_rule not in _as_torch_cache:
+        fn: types.FunctionType = a_rule.fn
+        _as_torch_cache[a_rule] = fresh_function(fn, {**fn.__globals__, **_rebound(fn)})
+    return _as_torch_cache[a_rule]
+
+
+def _rebound(fn: types.FunctionType) -> dict[str, Any]:
+    """The globals that ``fn`` must see differently to run on torch: the language, and other rules."""
+    names = {name: fn.__globals__[name] for name in fn.__code__.co_names if name in fn.__globals__}
+    rebound: dict[str, Any] = {name: as_torch(value) for name, value in names.items() if isinstance(value, _RULE_TYPES)}
+    if names.get("tl") is tl:
+        rebound["tl"] = _TORCH
+    return rebound
+
+
+def fresh_function(fn: types.FunctionType, namespace: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """A copy of ``fn`` with a code object, and on request globals, of its own.
+
+    torch.compile keeps its compiled variants, and their limit, per code object: functions made from one template must
+    not share it. Dynamo also looks globals up through the module named by ``__name__``, so a changed namespace gets a
+    module.
+    """
+    name = f"{fn.__name__}_{len(_made)}"
+    if namespace is None:
+        namespace = fn.__globals__
+    else:
+        module = types.ModuleType(f"oput_dist._torch_rules.{name}")
+        module.__dict__.update({**namespace, "__name__": module.__name__})
+        sys.modules[module.__name__] = module
+        namespace = module.__dict__
+    copy = types.FunctionType(fn.__code__.replace(co_name=name), namespace, name, fn.__defaults__, fn.__closure__)
+    _made.append(copy)
+    return copy
+
+
+_made: list[types.FunctionType] = []  # keeps every name taken once

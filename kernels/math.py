@@ -1,0 +1,31 @@
+"""Formulas that several optimizers share, as rules."""
+
+from __future__ import annotations
+
+from .language import rule
+
+__all__ = ["adam_moments", "lerp", "sign", "square_terms"]
+
+
+@rule
+def lerp(old, new, weight):
+    """Moving average: ``weight`` is that of the new value. Exact at ``weight = 1`` only to rounding."""
+    return old + weight * (new - old)
+
+
+@rule
+def sign(x):
+    """-1, 0 or 1; 0 for NaN."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@rule
+def adam_moments(g, m, v, h):
+    """First and second moment, not bias-corrected. Needs ``h.weight1`` and ``h.weight2`` (1 - beta)."""
+    return lerp(m, g, h.weight1), lerp(v, g * g, h.weight2)
+
+
+@rule
+def square_terms(p, g, state, h):
+    """The measure of a gradient norm: the sum of squares; touches no state."""
+    return state, (g * g,)

@@ -1,0 +1,28 @@
+"""Optimizers for distributed PyTorch training: any optimizer, any sharding, the trajectory of one process.
+
+Example::
+
+    import oput_dist as oput
+
+    optimizer = oput.Lamb(model.parameters(), lr=1e-3)
+"""
+
+from .engine import Optimizer, clip_grad_norm_, state_bytes
+from .optimizers import SGD, Adam, AdamW, Adan, Lamb, Lion, StableAdamW, available, create
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adan",
+    "Lamb",
+    "Lion",
+    "Optimizer",
+    "StableAdamW",
+    "available",
+    "clip_grad_norm_",
+    "create",
+    "state_bytes",
+]

@@ -1,0 +1,96 @@
+"""What a backend is given: local tensors, flat, and the scalars of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from oput_dist.kernels.stage import Prologue, Stage
+
+__all__ = ["Backend", "Batch", "Scalars", "compute_dtype"]
+
+Row = tuple[Any, ...]
+"""``(decay, *h)``: Python floats, or 0-d tensors on the device for what only the device knows."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that rules compute in for parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Scalars:
+    """The scalars of each tensor of a batch: few distinct rows, since one row serves a group at one step count."""
+
+    kind: type
+    """The NamedTuple class of ``h``."""
+    rows: Sequence[Row]
+    """The distinct rows."""
+    which: Sequence[int]
+    """For each tensor, the index of its row."""
+    device: torch.device
+
+    @cached_property
+    def distinct(self) -> torch.Tensor:
+        """The distinct rows, float64, on the device; sent without waiting for it."""
+        floats = [[0.0 if isinstance(x, torch.Tensor) else float(x) for x in row] for row in self.rows]
+        table = torch.tensor(floats, dtype=torch.float64)
+        if self.device.type == "cuda":
+            table = table.pin_memory().to(self.device, non_blocking=True)
+        else:
+            table = table.to(self.device)
+        for i, row in enumerate(self.rows):
+            for j, value in enumerate(row):
+                if isinstance(value, torch.Tensor):
+                    table[i, j] = value
+        return table
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """:attr:`which` on the device."""
+        index = torch.tensor(self.which, dtype=torch.int64)
+        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """One float64 row per tensor, on the device."""
+        return self.distinct if list(self.which) == list(range(len(self.rows))) else self.distinct[self.index]
+
+
+@dataclass
+class Batch:
+    """Tensors that one launch can serve: the same stage, dtypes and device. Every tensor is 1-d, dense, not empty."""
+
+    p: list[torch.Tensor]
+    g: list[torch.Tensor]
+    state: list[tuple[torch.Tensor, ...]]
+    scalars: Scalars
+    prologue: Prologue
+    scale: torch.Tensor | None = None
+    """Multiplies every gradient: one float64 on the device, or None."""
+    cache: dict[Any, Any] = field(default_factory=dict)
+    """For what a backend keeps from step to step as long as the same tensors are batched."""
+
+
+class Backend(Protocol):
+    """Runs stages on local tensors."""
+
+    name: str
+
+    def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """Run a stage in place.
+
+        Args:
+            stage: the stage.
+            batch: the tensors.
+            sums: for an Apply: float64, a row per tensor: the global sum of each measured term, then the number of
+                elements that they were taken over.
+
+        Returns:
+            for a Measure: float64, a row per tensor, the sum of each term over the local piece.
+        """
+        ...

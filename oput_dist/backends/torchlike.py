@@ -1,0 +1,153 @@
+"""The backends that run rules as torch operations: ``eager``, ``foreach`` and ``compile``.
+
+They differ in two choices only: whether small tensors are packed, and how a body runs on a range of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from oput_dist.kernels.stage import Apply, Measure, Prologue, Stage, Update
+
+from .batch import Batch, compute_dtype
+from .body import Body, body_of, factors_of
+from .packing import Pack, packs, scatter, segment_sums
+
+__all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
+
+
+class TorchBackend:
+    """Runs a stage tensor by tensor, or pack by pack, in chunks of bounded size."""
+
+    name: str
+    packed: bool
+    """Whether small tensors are run together."""
+    chunk: int
+    """Elements of one call of a body for an Update or Apply; bounds the temporaries."""
+    sum_chunk: int
+    """Elements that a Measure sums in the compute dtype; longer sums go on in float64."""
+
+    def __init__(self) -> None:
+        self._bodies: dict[Any, Body] = {}
+
+    def prepare(self, body: Body) -> Body:
+        """What runs: the body itself, or a compiled form."""
+        return body
+
+    def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """See :class:`Backend`."""
+        dtype = compute_dtype(batch.p[0].dtype)
+        scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
+        rows = batch.scalars.distinct.to(dtype)
+        factors = None
+        if isinstance(stage, Apply):
+            assert sums is not None
+            factors = factors_of(stage, batch.scalars.table, batch.scalars.kind, sums, dtype)
+        single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
+        out = torch.empty(len(batch.p), stage.terms, dtype=torch.float64, device=rows.device) if isinstance(
+            stage, Measure) else None  # fmt: skip
+        for i in single:
+            self._run_single(stage, batch, i, rows, scale, factors, out)
+        for pack in together:
+            self._run_pack(stage, batch, pack, rows, scale, factors, out)
+        return out
+
+    def _run_single(
+        self,
+        stage: Stage,
+        batch: Batch,
+        i: int,
+        rows: torch.Tensor,
+        scale: torch.Tensor | None,
+        factors: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> None:
+        body = self._body(stage, batch, summed=True, numel=batch.p[i].numel())
+        row = rows[batch.scalars.which[i]]
+        c = None if factors is None else factors[:, i]
+        chunk = self.sum_chunk if isinstance(stage, Measure) else self.chunk
+        parts = -(-batch.p[i].numel() // chunk)
+        ranges = zip(*(t.tensor_split(parts) for t in (batch.p[i], batch.g[i], *batch.state[i])), strict=True)
+        sums = [body(p, g, state, row, scale, c) for p, g, *rest in ranges for state in (tuple(rest),)]
+        if out is not None:
+            out[i] = torch.stack([torch.stack(terms) for terms in sums]).double().sum(0)
+
+    def _run_pack(
+        self,
+        stage: Stage,
+        batch: Batch,
+        pack: Pack,
+        rows: torch.Tensor,
+        scale: torch.Tensor | None,
+        factors: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> None:
+        p_list = [batch.p[i] for i in pack]
+        state_lists = [list(column) for column in zip(*(batch.state[i] for i in pack), strict=True)]
+        p = torch.cat(p_list)
+        g = torch.cat([batch.g[i] for i in pack])
+        state = tuple(torch.cat(column) for column in state_lists)
+        row = rows[batch.scalars.which[pack[0]]]
+        lengths = torch.tensor([t.numel() for t in p_list], device=p.device)
+        c = None if factors is None else factors[:, pack].repeat_interleave(lengths, dim=1, output_size=p.numel())
+        body = self._body(stage, batch, summed=False, numel=p.numel())
+        parts = -(-p.numel() // self.chunk)
+        ranges = zip(*(t.tensor_split(parts) for t in (p, g, *state)), strict=True)
+        cs = [None] * parts if c is None else c.tensor_split(parts, dim=1)
+        terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
+        if out is not None:
+            out[pack] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
+        if not isinstance(stage, Measure):
+            scatter(p, p_list)
+        if isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state):
+            for flat, tensors in zip(state, state_lists, strict=True):
+                scatter(flat, tensors)
+
+    def _body(self, stage: Stage, batch: Batch, summed: bool, numel: int) -> Body:
+        kind = batch.scalars.kind
+        dtypes = (batch.p[0].dtype, batch.g[0].dtype, *(s.dtype for s in batch.state[0]))
+        key = (stage, batch.prologue, kind, summed, batch.scale is None, dtypes, batch.p[0].device)
+        if key not in self._bodies:
+            self._bodies[key] = self.make_body(stage, batch.prologue, kind, summed)
+        return self._bodies[key]
+
+    def make_body(self, stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
+        """The body in the form that this backend runs."""
+        return self.prepare(body_of(stage, prologue, kind, summed))
+
+
+class Eager(TorchBackend):
+    """Torch operations, tensor by tensor: the plainest form, and the reference."""
+
+    name, packed, chunk, sum_chunk = "eager", False, 2**18, 2**18
+
+
+class Foreach(TorchBackend):
+    """Torch operations on packs of small tensors."""
+
+    name, packed, chunk, sum_chunk = "foreach", True, 2**18, 2**18
+
+
+class Compile(TorchBackend):
+    """Rules through torch.compile: one fused loop over memory for each stage, on CPU and GPU."""
+
+    name, packed, chunk, sum_chunk = "compile", True, 2**40, 2**20
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._eager: dict[int, Callable[..., Any]] = {}
+
+    def prepare(self, body: Body) -> Body:
+        # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.
+        # realize_reads_threshold=0 makes Inductor store new moments in the loop that sums the terms; by default it
+        # recomputes them in a second one, twice the time.
+        compiled = torch.compile(body, dynamic=True, fullgraph=True, options={"realize_reads_threshold": 0})
+
+        def one_element_aside(p: Any, *rest: Any) -> Any:
+            # Dynamo specializes on sizes 0 and 1: not worth a program of its own.
+            return body(p, *rest) if p.numel() == 1 else compiled(p, *rest)
+
+        return one_element_aside

@@ -1,0 +1,104 @@
+"""The ``triton`` backend: one grouped launch for each stage of a bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, segmented_sum
+from oput_dist.kernels.stage import Apply, Measure, Stage
+
+from .batch import Batch
+
+__all__ = ["Triton"]
+
+
+@dataclass
+class _Grid:
+    """The tiles of a batch: static as long as the same tensors are batched."""
+
+    tiles: torch.Tensor
+    first_tile: torch.Tensor
+    count: int
+
+
+class Triton:
+    """Grouped kernels; on CPU tensors only under ``TRITON_INTERPRET=1``."""
+
+    name = "triton"
+
+    def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """See :class:`Backend`."""
+        device = batch.p[0].device
+        grid = _grid(batch, device)
+        terms = stage.terms if isinstance(stage, Measure) else sums.shape[1] if sums is not None else 0
+        fixed = constexprs(
+            stage,
+            batch.prologue,
+            batch.scalars.kind,
+            terms,
+            batch.scale is not None,
+            batch.p[0].dtype,
+            batch.g[0].dtype,
+            tuple(s.dtype for s in batch.state[0]),
+        )
+        table = _table(batch, device)
+        hyper = batch.scalars.table
+        partial = torch.empty(grid.count, terms, dtype=torch.float64, device=device) if isinstance(
+            stage, Measure) else hyper  # fmt: skip
+        with _on(device):
+            grouped[(grid.count,)](
+                table,
+                hyper,
+                grid.tiles,
+                hyper if batch.scale is None else batch.scale,
+                partial,
+                sums.contiguous() if isinstance(stage, Apply) and sums is not None else hyper,
+                **fixed,
+                num_warps=num_warps(torch.version.hip is not None),
+            )
+            if not isinstance(stage, Measure):
+                return None
+            out = torch.empty(len(batch.p), terms, dtype=torch.float64, device=device)
+            segmented_sum[(len(batch.p),)](partial, grid.first_tile, out, N_TERMS=terms, BLOCK=BLOCK)
+        return out
+
+
+def _grid(batch: Batch, device: torch.device) -> _Grid:
+    """Tiles of all tensors, each with its tensor and its place in it."""
+    if "grid" not in batch.cache:
+        counts = torch.tensor([-(-p.numel() // BLOCK) for p in batch.p], dtype=torch.int64)
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        place = torch.arange(int(first[-1])) - first[tensor]
+        tiles = torch.stack([tensor, place], 1).to(torch.int32)
+        batch.cache["grid"] = _Grid(_send(tiles, device), _send(first.to(torch.int32), device), int(first[-1]))
+    grid: _Grid = batch.cache["grid"]
+    return grid
+
+
+def _table(batch: Batch, device: torch.device) -> torch.Tensor:
+    """The pointer table, sent again only if a pointer changed since the last launch."""
+    rows = [
+        (p.numel(), p.data_ptr(), g.data_ptr(), *(s.data_ptr() for s in state))
+        for p, g, state in zip(batch.p, batch.g, batch.state, strict=True)
+    ]
+    if batch.cache.get("rows") != rows:
+        batch.cache["rows"] = rows
+        # Kernels use 128-bit accesses where all pointers of a tensor allow it.
+        values = [(row[0], int(all(pointer % 16 == 0 for pointer in row[1:])), *row[1:]) for row in rows]
+        batch.cache["table"] = _send(torch.tensor(values, dtype=torch.int64), device)
+    table: torch.Tensor = batch.cache["table"]
+    return table
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Host to device without waiting; pinned memory is not reused before the copy is done."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _on(device: torch.device) -> Any:
+    """Launch on the device of the tensors, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

@@ -1,0 +1,8 @@
+"""The engine: what happens in ``step()``. Sees layouts and rules; nothing in it belongs to one optimizer."""
+
+from .norm import clip_grad_norm_
+from .optimizer import Common, Optimizer, Params
+from .recipe import Group, Recipe, decay_rate
+from .size import state_bytes
+
+__all__ = ["Common", "Group", "Optimizer", "Params", "Recipe", "clip_grad_norm_", "decay_rate", "state_bytes"]

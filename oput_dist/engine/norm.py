@@ -1,0 +1,112 @@
+"""Norms over all parameters: clipping inside the update, and :func:`clip_grad_norm_` for any mixture of layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from oput_dist.backends import Batch, Scalars, choose
+from oput_dist.collectives import Schedule, packed_sum
+from oput_dist.kernels.math import square_terms
+from oput_dist.kernels.stage import Measure, Prologue
+from oput_dist.layout import dense_strides, flat, layout_of
+
+__all__ = ["clip_factor", "clip_grad_norm_", "square_sums"]
+
+_NORM = Measure(square_terms, terms=1, writes_state=False)
+
+
+class _NormScalars(NamedTuple):
+    order: float
+
+
+def square_sums(tensors: Sequence[torch.Tensor], backend: str | None) -> torch.Tensor:
+    """``[tensors, 1]``, float64: the sum of squares of each of some flat tensors of one dtype and device."""
+    device = tensors[0].device
+    scalars = Scalars(_NormScalars, [(0.0, 2.0)], [0] * len(tensors), device)
+    batch = Batch(list(tensors), list(tensors), [()] * len(tensors), scalars, Prologue())
+    sums = choose(backend, device, sum(t.numel() for t in tensors)).run(_NORM, batch, None)
+    assert sums is not None
+    return sums
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, as torch has it."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> torch.Tensor:
+    """Scale gradients in place so that their joint norm is at most ``max_norm``, for any mixture of layouts and meshes.
+
+    Plain parameters, DTensors on one or several meshes, and parameters without a gradient may be mixed. The sums of
+    all of them travel in one all-reduce per process group; replicas are counted once. Every rank must call it with the
+    same parameters; a gradient that is None counts as zero.
+
+    Args:
+        parameters: the parameters (or one of them).
+        max_norm: the largest norm to leave as it is; >= 0.
+        norm_type: the order of the norm, > 0, or ``inf``.
+        error_if_nonfinite: raise RuntimeError if the norm is NaN or infinite. This waits for the device.
+
+    Returns:
+        the norm before clipping: a 0-d tensor, the same on all ranks.
+
+    Raises:
+        ValueError: for a negative or NaN ``max_norm``, or a ``norm_type`` that is not positive.
+    """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm={max_norm!r} is not allowed: must be a number >= 0")
+    if not norm_type > 0:
+        raise ValueError(f"norm_type={norm_type!r} is not allowed: must be a number > 0, or inf")
+    every = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    norm = _joint_norm(every, float(norm_type))
+    if error_if_nonfinite and not bool(torch.isfinite(norm)):
+        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped")
+    factor = clip_factor(norm, max_norm)
+    for parameter in every:
+        if parameter.grad is not None:
+            gradient = layout_of(parameter).piece(parameter.grad)
+            gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
+    return norm
+
+
+def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tensor:
+    """The norm of all gradients together, float64 accumulation, in the widest dtype of the gradients."""
+    layouts = [layout_of(parameter) for parameter in parameters]
+    pieces = {
+        i: flat(piece, dense_strides(piece))
+        for i, (parameter, layout) in enumerate(zip(parameters, layouts, strict=True))
+        if parameter.grad is not None and (piece := layout.piece(parameter.grad)).numel()
+    }
+    devices = list(dict.fromkeys(parameter.device for parameter in parameters)) or [torch.device("cpu")]
+    totals = []
+    for device in devices:
+        table = torch.zeros(len(parameters), 1, dtype=torch.float64, device=device)
+        for dtype in {piece.dtype for piece in pieces.values()}:
+            rows = [i for i, piece in pieces.items() if piece.device == device and piece.dtype == dtype]
+            if rows:
+                table[rows] = _powers([pieces[i] for i in rows], order)
+        schedule = Schedule.of([x.groups if p.device == device else () for x, p in zip(layouts, parameters, strict=True)], device)
+        packed_sum(table, schedule, maximum=order == float("inf"))
+        totals.append(table.max() if order == float("inf") else table.sum())
+    total = torch.stack([t.to(devices[0], non_blocking=True) for t in totals])
+    norm = total.max() if order == float("inf") else total.sum() ** (1.0 / order)
+    wide = any(piece.dtype == torch.float64 for piece in pieces.values())
+    return norm if wide else norm.float()
+
+
+def _powers(tensors: Sequence[torch.Tensor], order: float) -> torch.Tensor:
+    """What the norm of an order adds up (or takes the maximum of), for each tensor."""
+    if order == 2.0:
+        return square_sums(tensors, None)
+    if order == float("inf"):
+        return torch.stack([t.abs().max().double() for t in tensors]).unsqueeze(1)
+    return torch.stack([t.double().abs().pow(order).sum() for t in tensors]).unsqueeze(1)

@@ -1,0 +1,89 @@
+"""The plan: the slots of all parameters, their step counters, and the schedule of collectives.
+
+Made once from metadata, and again when groups, parameters or state are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from oput_dist.collectives import Schedule
+from oput_dist.layout import LayoutError, layout_of
+
+from .slot import Slot
+
+__all__ = ["Plan", "parameter_name"]
+
+
+@dataclass
+class Plan:
+    """Slots in the order of the parameter groups, the same on all ranks."""
+
+    slots: list[Slot]
+    counters: torch.Tensor
+    """Steps taken by each parameter, fp32 on the CPU; ``state[p]["step"]`` are views of it."""
+    schedules: dict[torch.device, Schedule]
+    """For each device, which rows of the table of sums are added up over which group."""
+    caches: dict[Any, dict[Any, Any]] = field(default_factory=dict)
+    """What backends keep for each bucket."""
+
+    @classmethod
+    def of(
+        cls,
+        param_groups: Sequence[dict[str, Any]],
+        state: MutableMapping[torch.Tensor, dict[str, Any]],
+        shard_group: dist.ProcessGroup | None,
+    ) -> Plan:
+        """The plan for these groups; adopts the step counters found in ``state``."""
+        slots: list[Slot] = []
+        for number, group in enumerate(param_groups):
+            for i, parameter in enumerate(group["params"]):
+                name = parameter_name(group, number, i)
+                try:
+                    layout = layout_of(parameter, shard_group)
+                except LayoutError as error:
+                    raise LayoutError(f"{name}: {error}") from None
+                slots.append(Slot(parameter, name, layout, number, len(slots)))
+        counters = torch.zeros(len(slots), dtype=torch.float32)
+        plan = cls(slots, counters, _schedules(slots))
+        for slot in slots:
+            if slot.parameter in state and "step" in state[slot.parameter]:
+                counters[slot.index] = float(state[slot.parameter]["step"])
+                state[slot.parameter]["step"] = counters[slot.index]
+        return plan
+
+    def stale(self) -> bool:
+        """Whether any parameter has moved."""
+        return any(slot.stale() for slot in self.slots)
+
+    def count(self, active: Sequence[Slot], state: MutableMapping[torch.Tensor, dict[str, Any]]) -> list[int]:
+        """Advance the counters of the active slots; returns their new values."""
+        for slot in active:
+            if "step" not in state[slot.parameter]:
+                state[slot.parameter]["step"] = self.counters[slot.index]
+        if len(active) == len(self.slots):
+            self.counters += 1
+            return [int(t) for t in self.counters.tolist()]
+        index = torch.tensor([slot.index for slot in active], dtype=torch.int64)
+        self.counters[index] += 1
+        return [int(t) for t in self.counters[index].tolist()]
+
+
+def _schedules(slots: Sequence[Slot]) -> dict[torch.device, Schedule]:
+    devices = list(dict.fromkeys(slot.device for slot in slots))
+    return {
+        device: Schedule.of([slot.layout.groups if slot.device == device else () for slot in slots], device)
+        for device in devices
+    }
+
+
+def parameter_name(group: dict[str, Any], number: int, i: int) -> str:
+    """What to call a parameter in messages: its qualified name where known, else its place and shape."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][i]!r}"
+    return f"parameter {i} of group {number} (shape {tuple(group['params'][i].shape)})"

@@ -1,0 +1,97 @@
+"""A slot: one parameter with its layout, its state, and flat views of what this rank holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from oput_dist.layout import Layout, flat, same_order, whole_or_local
+
+__all__ = ["Slot"]
+
+
+class Slot:
+    """One parameter of the plan. Views are cached; :meth:`stale` tells when the parameter has moved from under them."""
+
+    def __init__(self, parameter: torch.Tensor, name: str, layout: Layout, group: int, index: int) -> None:
+        self.parameter, self.name, self.layout, self.group, self.index = parameter, name, layout, group, index
+        memory = whole_or_local(parameter.detach())
+        self._memory = (memory.data_ptr(), memory.shape, memory.stride(), memory.dtype, memory.device)
+        piece = layout.piece(parameter.detach())
+        self.numel = piece.numel()
+        self.dtype, self.device = piece.dtype, piece.device
+        self.piece = piece
+        example = torch.empty_like(piece, device="meta", memory_format=torch.preserve_format)
+        self.strides = example.stride()
+        self.in_place = same_order(piece, self.strides)
+        self._flat = flat(piece, self.strides) if self.in_place else None
+        self._state: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def stale(self) -> bool:
+        """Whether the parameter's memory, shape, dtype or device changed since the slot was made."""
+        memory = whole_or_local(self.parameter)
+        return (memory.data_ptr(), memory.shape, memory.stride(), memory.dtype, memory.device) != self._memory
+
+    def flat_parameter(self) -> torch.Tensor:
+        """This rank's piece, 1-d. For a piece that is not dense, a copy: see :meth:`store`."""
+        return self._flat if self._flat is not None else flat(self.piece, self.strides)
+
+    def store(self, values: torch.Tensor) -> None:
+        """Write a copy that :meth:`flat_parameter` made back to a piece that is not dense."""
+        self.piece.copy_(values.as_strided(self.piece.shape, self.strides))
+
+    def flat_gradient(self) -> torch.Tensor | None:
+        """The gradient of this rank's piece, 1-d in the parameter's order; None if there is none.
+
+        Raises:
+            TypeError: for a sparse or complex gradient.
+            ValueError: for one of another shape or layout.
+        """
+        gradient = self.parameter.grad
+        if gradient is None:
+            return None
+        if gradient.layout is not torch.strided or gradient.is_complex():
+            kind = "complex" if gradient.is_complex() else "sparse"
+            raise TypeError(
+                f"{self.name} has a {kind} gradient, which no optimizer here takes: "
+                + ("optimize torch.view_as_real of it" if kind == "complex" else "build the layer with sparse=False")
+            )
+        if isinstance(gradient, DTensor) != isinstance(self.parameter, DTensor):
+            raise ValueError(
+                f"{self.name} is a {type(self.parameter).__name__} but its gradient is a {type(gradient).__name__}: "
+                "both must be laid out alike"
+            )
+        piece = self.layout.piece(gradient)
+        if piece.shape != self.piece.shape:
+            raise ValueError(
+                f"{self.name} has a gradient of shape {tuple(gradient.shape)}, "
+                f"but the parameter is {tuple(self.parameter.shape)}"
+            )
+        return flat(piece, self.strides)
+
+    def flat_state(
+        self, state: MutableMapping[str, Any], names: tuple[str, ...], dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, ...]:
+        """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's."""
+        return tuple(self._flat_state(state, name, dtype) for name in names)
+
+    def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        value = state.get(name)
+        if value is None:
+            value = state[name] = self.layout.zeros(dtype or self.dtype)
+        known = self._state.get(name)
+        if known is None or known[0] is not value:
+            view = flat(whole_or_local(value), self.strides)
+            if view.numel() != self.numel:
+                raise ValueError(
+                    f"state {name!r} of {self.name} holds {view.numel()} elements on this rank, "
+                    f"but its piece of the parameter holds {self.numel}"
+                )
+            if view.data_ptr() != whole_or_local(value).data_ptr():  # a copy: state must be updated in place
+                value = state[name] = self.layout.adopt(value)
+                view = flat(whole_or_local(value), self.strides)
+            known = self._state[name] = (value, view)
+        return known[1]

@@ -1,0 +1,228 @@
+"""One step: buckets, then stage after stage, with one packed reduction between stages. Nothing optimizer-specific."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oput_dist.backends import Batch, Scalars, choose
+from oput_dist.collectives import gather_pieces, packed_sum
+from oput_dist.kernels.stage import Prologue, Stage
+
+from .norm import clip_factor, square_sums
+from .plan import Plan
+from .recipe import Group, Recipe, decay_scalar, prologue_of
+from .slot import Slot
+
+__all__ = ["Options", "Step"]
+
+State = MutableMapping[torch.Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for a whole optimizer."""
+
+    backend: str | None = None
+    state_dtype: torch.dtype | None = None
+    max_grad_norm: float | None = None
+
+
+@dataclass
+class _Bucket:
+    """Slots that one launch serves."""
+
+    slots: list[Slot]
+    recipe: Recipe
+    batch: Batch
+    index: torch.Tensor | None
+    """Rows of the slots in the table of sums; None for all rows in order."""
+
+
+class Step:
+    """The work of one ``optimizer.step()``.
+
+    Args:
+        plan: the plan.
+        groups: the parameter groups.
+        state: the optimizer's state.
+        recipe: the recipe of a group.
+        scalars: the NamedTuple ``h`` of a group at a step count.
+        options: see :class:`Options`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Sequence[dict[str, Any]],
+        state: State,
+        recipe: Callable[[Group], Recipe],
+        scalars: Callable[[Group, int], Any],
+        options: Options,
+    ) -> None:
+        self._plan, self._groups, self._state, self._options = plan, groups, state, options
+        self._recipes = [recipe(group) for group in groups]
+        self._scalars = scalars
+
+    def run(self) -> None:
+        """Run it: checks first, so that nothing has changed when one of them raises."""
+        gradients = [(slot, gradient) for slot in self._plan.slots if (gradient := slot.flat_gradient()) is not None]
+        gradients = self._without_rehearsal(gradients)
+        present = [slot for slot, _ in gradients]
+        state = {slot: self._state_of(slot) for slot in present}
+        steps = dict(zip(present, self._plan.count(present, self._state), strict=True))
+        active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
+        scale = self._clip(active) if self._options.max_grad_norm is not None else {}
+        buckets = self._buckets(active, state, steps, scale)
+        self._run_stages(buckets)
+        self._finish(buckets)
+
+    def _state_of(self, slot: Slot) -> tuple[torch.Tensor, ...]:
+        names = self._recipes[slot.group].state
+        return slot.flat_state(self._state[slot.parameter], names, self._options.state_dtype)
+
+    def _without_rehearsal(self, gradients: list[tuple[Slot, torch.Tensor]]) -> list[tuple[Slot, torch.Tensor]]:
+        """Make state, and drop from the step, what is only asked to create its state.
+
+        ``torch.distributed.checkpoint`` creates state by a step with zero gradients at lr 0. Were it counted, training
+        would go on with another bias correction. So a first step at lr 0 counts only where a gradient is not zero;
+        all ranks see the same lr and state, hence take part in the one reduction that this takes.
+        """
+        if self._state or any(isinstance(g["lr"], torch.Tensor) and g["lr"].is_cuda for g in self._groups):
+            return gradients
+        if any(float(group["lr"]) != 0 for group in self._groups):
+            return gradients
+        for slot in self._plan.slots:
+            if slot.parameter.requires_grad and slot.parameter.grad is not None:
+                self._state_of(slot)
+                self._state[slot.parameter]["step"] = self._plan.counters[slot.index]
+        nonzero = [(slot, gradient) for slot, gradient in gradients if slot.numel]
+        tables = self._tables(1)
+        for slot, gradient in nonzero:
+            tables[slot.device][slot.index, 0] = gradient.count_nonzero()
+        self._reduce(tables)
+        return [(slot, gradient) for slot, gradient in gradients if tables[slot.device][slot.index, 0].item() != 0]
+
+    def _buckets(
+        self,
+        active: Sequence[tuple[Slot, torch.Tensor]],
+        state: dict[Slot, tuple[torch.Tensor, ...]],
+        steps: dict[Slot, int],
+        scale: dict[torch.device, torch.Tensor],
+    ) -> list[_Bucket]:
+        prologues = [prologue_of(recipe, group) for recipe, group in zip(self._recipes, self._groups, strict=True)]
+        sorted_slots: dict[Any, list[tuple[Slot, torch.Tensor]]] = {}
+        for slot, gradient in active:
+            recipe, prologue = self._recipes[slot.group], prologues[slot.group]
+            dtypes = (slot.dtype, gradient.dtype, *(s.dtype for s in state[slot]))
+            sorted_slots.setdefault((recipe, prologue, dtypes, slot.device), []).append((slot, gradient))
+        return [
+            self._bucket(key[0], key[1], members, state, steps, scale.get(key[3]))
+            for key, members in sorted_slots.items()
+        ]
+
+    def _bucket(
+        self,
+        recipe: Recipe,
+        prologue: Prologue,
+        members: Sequence[tuple[Slot, torch.Tensor]],
+        state: dict[Slot, tuple[torch.Tensor, ...]],
+        steps: dict[Slot, int],
+        scale: torch.Tensor | None,
+    ) -> _Bucket:
+        slots = [slot for slot, _ in members]
+        rows: dict[tuple[int, int], int] = {}
+        which = [rows.setdefault((slot.group, steps[slot]), len(rows)) for slot in slots]
+        named = [self._scalars(self._groups[group], step) for group, step in rows]
+        values = [
+            (decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)
+        ]
+        device = slots[0].device
+        batch = Batch(
+            p=[slot.flat_parameter() for slot in slots],
+            g=[gradient for _, gradient in members],
+            state=[state[slot] for slot in slots],
+            scalars=Scalars(type(named[0]), values, which, device),
+            prologue=prologue,
+            scale=scale,
+            cache=self._plan.caches.setdefault((recipe, prologue, tuple(slot.index for slot in slots)), {}),
+        )
+        indices = [slot.index for slot in slots]
+        whole = indices == list(range(len(self._plan.slots)))
+        return _Bucket(slots, recipe, batch, None if whole else torch.tensor(indices, device=device))
+
+    def _run_stages(self, buckets: Sequence[_Bucket]) -> None:
+        """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
+        tables: dict[torch.device, torch.Tensor] = {}
+        for number in range(max(len(recipe.stages) for recipe in self._recipes)):
+            width = max(recipe.terms[number] for recipe in self._recipes if number < len(recipe.stages))
+            sums = self._tables(width + 1) if width else {}
+            for bucket in buckets:
+                if number < len(bucket.recipe.stages):
+                    self._run_stage(bucket.recipe.stages[number], bucket, tables, sums)
+            if width:
+                self._reduce(sums)
+            tables = sums
+
+    def _run_stage(
+        self,
+        stage: Stage,
+        bucket: _Bucket,
+        before: dict[torch.device, torch.Tensor],
+        after: dict[torch.device, torch.Tensor],
+    ) -> None:
+        batch = bucket.batch
+        device = batch.p[0].device
+        numels = [p.numel() for p in batch.p]
+        table = before.get(device)
+        sums = table if table is None or bucket.index is None else table[bucket.index]
+        result = choose(self._options.backend, device, sum(numels)).run(stage, batch, sums)
+        if result is not None:
+            count = torch.tensor(numels, dtype=torch.float64).to(device, non_blocking=True).unsqueeze(1)
+            rows = torch.cat([result, count], 1)
+            if bucket.index is None:
+                after[device].copy_(rows)
+            else:
+                after[device][bucket.index] = rows
+
+    def _tables(self, width: int) -> dict[torch.device, torch.Tensor]:
+        """Zeros for the sums of all parameters, on each device: a piece without gradient adds nothing."""
+        rows = len(self._plan.slots)
+        return {device: torch.zeros(rows, width, dtype=torch.float64, device=device) for device in self._plan.schedules}
+
+    def _reduce(self, tables: dict[torch.device, torch.Tensor]) -> None:
+        for device, table in tables.items():
+            packed_sum(table, self._plan.schedules[device])
+
+    def _clip(self, active: Sequence[tuple[Slot, torch.Tensor]]) -> dict[torch.device, torch.Tensor]:
+        """The factor on every device that brings the global gradient norm down to ``max_grad_norm``."""
+        tables = self._tables(1)
+        sorted_slots: dict[Any, list[tuple[Slot, torch.Tensor]]] = {}
+        for slot, gradient in active:
+            sorted_slots.setdefault((gradient.dtype, slot.device), []).append((slot, gradient))
+        for (_, device), members in sorted_slots.items():
+            tables[device][[slot.index for slot, _ in members]] = square_sums(
+                [g for _, g in members], self._options.backend
+            )
+        self._reduce(tables)
+        home = next(iter(tables))
+        total = torch.stack([table.sum().to(home, non_blocking=True) for table in tables.values()]).sum()
+        assert self._options.max_grad_norm is not None
+        factor = clip_factor(total.sqrt(), self._options.max_grad_norm).reshape(1)
+        return {device: factor.to(device, torch.float64, non_blocking=True) for device in tables}
+
+    def _finish(self, buckets: Sequence[_Bucket]) -> None:
+        """Write back pieces that are not dense, and gather what is partitioned."""
+        for bucket in buckets:
+            for slot, values in zip(bucket.slots, bucket.batch.p, strict=True):
+                if not slot.in_place:
+                    slot.store(values)
+        gathered: dict[Any, list[Slot]] = {}
+        for slot in self._plan.slots:
+            if slot.layout.gather_group is not None and slot.parameter.requires_grad:
+                gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
+        for (group, _), slots in gathered.items():
+            gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)

@@ -1,0 +1,131 @@
+"""Adam and AdamW, with and without amsgrad."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import Unpack
+
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
+from oput_dist.engine.hyper import betas as pair
+from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.kernels.language import rule, tl
+from oput_dist.kernels.math import adam_moments
+from oput_dist.kernels.stage import Decay, Update
+
+__all__ = ["Adam", "AdamW"]
+
+
+class AdamScalars(NamedTuple):
+    lr: float
+    """Learning rate over the first moment's bias correction."""
+    weight1: float
+    weight2: float
+    root: float
+    """One over the square root of the second moment's bias correction."""
+    eps: float
+
+
+@rule
+def adam(p, g, state, h):
+    m, v = state
+    m, v = adam_moments(g, m, v, h)
+    return p - h.lr * m / (tl.sqrt(v) * h.root + h.eps), (m, v)
+
+
+@rule
+def adam_amsgrad(p, g, state, h):
+    m, v, largest = state
+    m, v = adam_moments(g, m, v, h)
+    largest = tl.maximum(largest, v)
+    return p - h.lr * m / (tl.sqrt(largest) * h.root + h.eps), (m, v, largest)
+
+
+class Adam(Optimizer):
+    r"""Adam, with L2 weight decay.
+
+    .. math::
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+        p_t = p_{t-1} - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+
+    where :math:`g_t` includes :math:`\lambda p_{t-1}`.
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: learning rate :math:`\eta \ge 0`. Default 1e-3.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1). Default (0.9, 0.999).
+        eps: :math:`\epsilon \ge 0`. Default 1e-8.
+        weight_decay: L2 factor :math:`\lambda \ge 0`. Default 0.
+        amsgrad: divide by the root of the largest :math:`v` so far. Default False.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Sharding class E: no communication. State: 8 bytes per parameter (fp32), with amsgrad 12.
+
+    Paper: Kingma & Ba, https://arxiv.org/abs/1412.6980; amsgrad: Reddi et al., https://arxiv.org/abs/1904.09237.
+    """
+
+    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "amsgrad": boolean}
+    decay: ClassVar[Decay] = Decay.L2
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, defaults, common)
+
+    def recipe(self, group: Group) -> Recipe:
+        if group["amsgrad"]:
+            return Recipe((Update(adam_amsgrad),), ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), self.decay)
+        return Recipe((Update(adam),), ("exp_avg", "exp_avg_sq"), self.decay)
+
+    def scalars(self, group: Group, step: int) -> Any:
+        beta1, beta2 = group["betas"]
+        root = 1 / math.sqrt(1 - beta2**step)
+        return AdamScalars(group["lr"] / (1 - beta1**step), 1 - beta1, 1 - beta2, root, group["eps"])
+
+
+class AdamW(Adam):
+    r"""AdamW: Adam with decoupled weight decay, :math:`p \leftarrow (1 - \eta\lambda) p` before the update of
+    :class:`Adam`.
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: learning rate :math:`\eta \ge 0`. Default 1e-3.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1). Default (0.9, 0.999).
+        eps: :math:`\epsilon \ge 0`. Default 1e-8.
+        weight_decay: :math:`\lambda \ge 0`. Default 1e-2.
+        amsgrad: divide by the root of the largest :math:`v` so far. Default False.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Sharding class E: no communication. State: 8 bytes per parameter (fp32), with amsgrad 12.
+
+    Paper: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101.
+    """
+
+    decay: ClassVar[Decay] = Decay.SHRINK
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)

@@ -1,0 +1,112 @@
+"""Adan: adaptive Nesterov momentum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import Unpack
+
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, decay_rate
+from oput_dist.engine.hyper import betas as triple
+from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.kernels.language import rule, tl
+from oput_dist.kernels.math import lerp
+from oput_dist.kernels.stage import Decay, Update
+
+__all__ = ["Adan"]
+
+
+class AdanScalars(NamedTuple):
+    lr: float
+    weight1: float
+    weight2: float
+    weight3: float
+    started: float
+    """0 at the first step, which has no previous gradient; 1 later."""
+    beta2: float
+    correct1: float
+    """One over the bias correction of the gradient average."""
+    correct2: float
+    """beta2 over the bias correction of the difference average."""
+    root: float
+    eps: float
+    prox: float
+    """What the parameter is divided by after the update."""
+
+
+@rule
+def adan(p, g, state, h):
+    m, d, n, previous = state
+    change = (g - previous) * h.started
+    m = lerp(m, g, h.weight1)
+    d = lerp(d, change, h.weight2)
+    ahead = g + h.beta2 * change
+    n = lerp(n, ahead * ahead, h.weight3)
+    u = (m * h.correct1 + d * h.correct2) / (tl.sqrt(n) * h.root + h.eps)
+    return (p - h.lr * u) / h.prox, (m, d, n, g)
+
+
+class Adan(Optimizer):
+    r"""Adan. Betas are the weights of the **old** value, as in the authors' code.
+
+    .. math::
+        \Delta_t &= g_t - g_{t-1} \quad (\Delta_1 = 0) \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad d_t = \beta_2 d_{t-1} + (1 - \beta_2) \Delta_t \\
+        n_t &= \beta_3 n_{t-1} + (1 - \beta_3) (g_t + \beta_2 \Delta_t)^2 \\
+        u_t &= \frac{m_t / (1 - \beta_1^t) + \beta_2 d_t / (1 - \beta_2^t)}{\sqrt{n_t / (1 - \beta_3^t)} + \epsilon} \\
+        p_t &= \frac{p_{t-1} - \eta u_t}{1 + \eta\lambda}
+
+    With ``no_prox`` the decay comes first, as in AdamW: :math:`p_t = (1 - \eta\lambda) p_{t-1} - \eta u_t`.
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: learning rate :math:`\eta \ge 0`. Default 1e-3; often five to ten times AdamW's.
+        betas: :math:`(\beta_1, \beta_2, \beta_3)`, each in [0, 1). Default (0.98, 0.92, 0.99).
+        eps: :math:`\epsilon \ge 0`. Default 1e-8.
+        weight_decay: :math:`\lambda \ge 0`. Default 0; the paper uses 0.02.
+        no_prox: decay before the update in place of the proximal form. Default False.
+        **common: see :class:`oput_dist.engine.Common`; the paper clips by ``max_grad_norm``.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Sharding class E: no communication (one all-reduce with ``max_grad_norm``). State: 16 bytes per parameter (fp32).
+
+    Paper: Xie et al., https://arxiv.org/abs/2208.06677.
+    """
+
+    checks: ClassVar = {"betas": triple(3), "eps": nonnegative, "no_prox": boolean}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        no_prox: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
+        super().__init__(params, defaults, common)
+
+    def recipe(self, group: Group) -> Recipe:
+        decay = Decay.SHRINK if group["no_prox"] else Decay.NONE
+        return Recipe((Update(adan),), ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"), decay)
+
+    def scalars(self, group: Group, step: int) -> Any:
+        beta1, beta2, beta3 = group["betas"]
+        return AdanScalars(
+            lr=group["lr"],
+            weight1=1 - beta1,
+            weight2=1 - beta2,
+            weight3=1 - beta3,
+            started=0.0 if step == 1 else 1.0,
+            beta2=beta2,
+            correct1=1 / (1 - beta1**step),
+            correct2=beta2 / (1 - beta2**step),
+            root=1 / math.sqrt(1 - beta3**step),
+            eps=group["eps"],
+            prox=1.0 if group["no_prox"] else 1 + decay_rate(group),
+        )

@@ -1,0 +1,111 @@
+"""SGD with momentum and Nesterov momentum."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import Unpack
+
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
+from oput_dist.engine.hyper import boolean, fraction
+from oput_dist.kernels.language import rule
+from oput_dist.kernels.stage import Decay, Update
+
+__all__ = ["SGD"]
+
+
+class SGDScalars(NamedTuple):
+    lr: float
+    momentum: float
+    gain: float
+
+
+@rule
+def sgd(p, g, state, h):
+    return p - h.lr * g, state
+
+
+@rule
+def sgd_momentum(p, g, state, h):
+    (b,) = state
+    b = h.momentum * b + h.gain * g
+    return p - h.lr * b, (b,)
+
+
+@rule
+def sgd_nesterov(p, g, state, h):
+    (b,) = state
+    b = h.momentum * b + h.gain * g
+    return p - h.lr * (g + h.momentum * b), (b,)
+
+
+class SGD(Optimizer):
+    r"""Stochastic gradient descent, with momentum as in ``torch.optim.SGD``.
+
+    .. math::
+        b_t = \mu b_{t-1} + (1 - \tau) g_t \quad (b_1 = g_1), \qquad
+        u_t = g_t + \mu b_t \text{ (Nesterov) or } b_t, \qquad
+        p_t = p_{t-1} - \eta u_t
+
+    where :math:`g_t` includes the L2 term :math:`\lambda p_{t-1}`, or the parameter shrinks by
+    :math:`1 - \eta\lambda` first (``decouple_wd``).
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: learning rate :math:`\eta \ge 0`. Default 1e-3.
+        momentum: :math:`\mu` in [0, 1). Default 0.
+        dampening: :math:`\tau` in [0, 1); the first step is not dampened. Default 0.
+        nesterov: Nesterov momentum; needs ``momentum > 0`` and no dampening. Default False.
+        weight_decay: :math:`\lambda \ge 0`. Default 0.
+        decouple_wd: decoupled weight decay (SGDW) in place of L2. Default False.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Sharding class E: no communication. State: 0 bytes per parameter, with momentum 4 (fp32).
+
+    Paper: Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013;
+    decoupled decay: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101.
+    """
+
+    checks: ClassVar = {"momentum": fraction, "dampening": fraction, "nesterov": boolean, "decouple_wd": boolean}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decouple_wd: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decouple_wd": decouple_wd,
+        }
+        super().__init__(params, defaults, common)
+
+    def check(self, group: Group) -> None:
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                f"SGD: nesterov=True with momentum={group['momentum']!r} and dampening={group['dampening']!r}: "
+                "needs momentum > 0 and dampening = 0"
+            )
+
+    def recipe(self, group: Group) -> Recipe:
+        decay = Decay.SHRINK if group["decouple_wd"] else Decay.L2
+        if group["momentum"] == 0:
+            return Recipe((Update(sgd),), decay=decay)
+        rule = sgd_nesterov if group["nesterov"] else sgd_momentum
+        return Recipe((Update(rule),), ("momentum_buffer",), decay)
+
+    def scalars(self, group: Group, step: int) -> Any:
+        gain = 1.0 if step == 1 else 1.0 - group["dampening"]
+        return SGDScalars(group["lr"], group["momentum"], gain)

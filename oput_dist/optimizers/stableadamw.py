@@ -1,0 +1,113 @@
+"""StableAdamW: AdamW whose step shrinks where the second moment lags behind the gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import Unpack
+
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, decay_rate
+from oput_dist.engine.hyper import betas as pair
+from oput_dist.engine.hyper import nonnegative
+from oput_dist.kernels.language import rule, tl
+from oput_dist.kernels.math import adam_moments
+from oput_dist.kernels.stage import Apply, Measure
+
+__all__ = ["StableAdamW"]
+
+
+class StableAdamWScalars(NamedTuple):
+    lr: float
+    weight1: float
+    weight2: float
+    correct1: float
+    """One over the first moment's bias correction."""
+    correct2: float
+    """One over the second moment's bias correction."""
+    root: float
+    """Square root of ``correct2``."""
+    eps: float
+    decay: float
+    """Share of the parameter that decay removes, before the step is shrunk."""
+
+
+@rule
+def stable_moments(p, g, state, h):
+    m, v = state
+    m, v = adam_moments(g, m, v, h)
+    return (m, v), (g * g / tl.maximum(v * h.correct2, h.eps * h.eps),)
+
+
+@rule
+def stable_shrinkage(sums, h):
+    total, numel = sums
+    shrinkage = 1.0 / tl.maximum(tl.sqrt(total / numel), 1.0)
+    return h.lr * h.correct1 * shrinkage, 1.0 - h.decay * shrinkage
+
+
+@rule
+def stable_apply(p, g, state, h, c):
+    m, v = state
+    lr, keep = c
+    return p * keep - lr * m / (tl.sqrt(v) * h.root + h.eps)
+
+
+class StableAdamW(Optimizer):
+    r"""StableAdamW: AdamW with the update clipping of Adafactor, so gradients need no clipping.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \hat m_t &= m_t / (1 - \beta_1^t), \qquad \hat v_t = v_t / (1 - \beta_2^t) \\
+        \mathrm{RMS}_t &= \sqrt{\operatorname{mean}(g_t^2 / \max(\hat v_t, \epsilon^2))}, \qquad
+        \eta_t = \eta / \max(1, \mathrm{RMS}_t) \\
+        p_t &= (1 - \eta_t\lambda) p_{t-1} - \eta_t \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
+
+    The mean runs over the whole parameter, whatever its sharding.
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: learning rate :math:`\eta \ge 0`. Default 1e-3.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1). Default (0.9, 0.99).
+        eps: :math:`\epsilon > 0`. Default 1e-6.
+        weight_decay: decoupled, :math:`\lambda \ge 0`; shrinks with the step. Default 1e-2.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32).
+
+    Paper: Wortsman et al., https://arxiv.org/abs/2304.13013.
+    """
+
+    checks: ClassVar = {"betas": pair(2), "eps": nonnegative}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, common)
+
+    def recipe(self, group: Group) -> Recipe:
+        stages = (Measure(stable_moments, terms=1), Apply(stable_apply, stable_shrinkage, n_factors=2))
+        return Recipe(stages, ("exp_avg", "exp_avg_sq"))
+
+    def scalars(self, group: Group, step: int) -> Any:
+        beta1, beta2 = group["betas"]
+        correct2 = 1 / (1 - beta2**step)
+        return StableAdamWScalars(
+            lr=group["lr"],
+            weight1=1 - beta1,
+            weight2=1 - beta2,
+            correct1=1 / (1 - beta1**step),
+            correct2=correct2,
+            root=math.sqrt(correct2),
+            eps=group["eps"],
+            decay=decay_rate(group),
+        )
