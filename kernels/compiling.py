@@ -53,7 +53,14 @@ def compile_stage(
     from triton.compiler import ASTSource
 
     fixed = constexprs(stage, prologue, scalars, terms, scaled, p, g, state)
-    pointers = {"table": "*i64", "hyper": "*fp64", "tiles": "*i32", "scale": "*fp64", "partial": "*fp64", "sums": "*fp64"}
+    pointers = {
+        "table": "*i64",
+        "hyper": "*fp64",
+        "tiles": "*i32",
+        "scale": "*fp64",
+        "partial": "*fp64",
+        "sums": "*fp64",
+    }
     source = ASTSource(
         fn=grouped, signature={**pointers, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed, attrs={}
     )
@@ -83,5 +90,7 @@ def _stack(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     return sum(int(n) for n in re.findall(r"STACK:(\d+)", usage.stdout))

@@ -29,7 +29,7 @@ def _scalars(row, N: tl.constexpr, C: tl.constexpr):
     """``N`` values of a float64 row, in the compute dtype."""
     out = ()
     for i in tl.static_range(N):
-        out = out + (tl.load(row + i).to(C),)
+        out = out + (tl.load(row + i).to(C),)  # noqa: RUF005 - Triton
     return out
 
 
@@ -77,7 +77,7 @@ def _tile(
     g = tl.load(_pointer(row, 3, G, MASKED) + offsets, mask=mask).to(C)
     state = ()
     for i in tl.static_range(len(S)):
-        state = state + (tl.load(_pointer(row, 4 + i, S[i], MASKED) + offsets, mask=mask).to(C),)
+        state = state + (tl.load(_pointer(row, 4 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
     h = H(*_scalars(hyper + 1, N_H, C))
     decay = tl.load(hyper).to(C)
     if SCALED:
@@ -153,7 +153,7 @@ def grouped(
 
 @jit
 def segmented_sum(partial, first_tile, out, N_TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Program ``i`` adds the partial sums of tensor ``i``, tiles ``first_tile[i]`` to ``first_tile[i + 1]``, in order."""
+    """Program ``i`` adds the partial sums of tensor ``i``, its tiles from ``first_tile[i]`` on, in order."""
     tensor = tl.program_id(0)
     begin = tl.load(first_tile + tensor)
     end = tl.load(first_tile + tensor + 1)

@@ -55,8 +55,8 @@ class _PlainRule:
 
 try:
     import triton
-    import triton.runtime.interpreter
     import triton.language as tl
+    import triton.runtime.interpreter
 
     HAS_TRITON = True
     jit: Callable[..., Any] = triton.jit

@@ -21,10 +21,11 @@ COMPILE_FROM = 2**22
 """Elements on a CPU from which the default is ``compile``: below, compiling takes longer than it can save."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backend(name: str) -> Backend:
     """The backend of that name; one object per process, since it holds compiled programs."""
-    return {"triton": Triton, "compile": Compile, "foreach": Foreach, "eager": Eager}[name]()
+    kinds: dict[str, type[Backend]] = {"triton": Triton, "compile": Compile, "foreach": Foreach, "eager": Eager}
+    return kinds[name]()
 
 
 def interpreting() -> bool:
@@ -60,7 +61,7 @@ def choose(name: str | None, device: torch.device, numel: int) -> Backend:
     return backend("compile" if device.type == "cpu" and numel >= COMPILE_FROM and can_compile() else "foreach")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def can_compile() -> bool:
     """Whether torch.compile can build CPU code here: needs a C++ compiler."""
     from torch._inductor import cpp_builder, exc

@@ -43,7 +43,7 @@ def _cut(indices: Sequence[int], tensors: Sequence[torch.Tensor]) -> Iterator[Pa
 
 def scatter(packed: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     """Write a packed tensor back to where its pieces came from."""
-    torch._foreach_copy_(tensors, list(packed.split([t.numel() for t in tensors])))
+    torch._foreach_copy_(tensors, list(torch.split(packed, [t.numel() for t in tensors])))
 
 
 def segment_sums(packed: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

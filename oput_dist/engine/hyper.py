@@ -16,7 +16,7 @@ Check = Callable[[Any], "str | None"]
 
 
 def _number(value: Any) -> float | None:
-    """The value as a float; None if it is no real number. A tensor on a GPU is taken as it is: reading it would wait."""
+    """The value as a float; None if it is no real number. Reading a tensor on a GPU would wait: it is trusted."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
             return None

@@ -69,7 +69,9 @@ def clip_grad_norm_(
     every = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     norm = _joint_norm(every, float(norm_type))
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
-        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped")
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped"
+        )
     factor = clip_factor(norm, max_norm)
     for parameter in every:
         if parameter.grad is not None:
@@ -94,7 +96,9 @@ def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tenso
             rows = [i for i, piece in pieces.items() if piece.device == device and piece.dtype == dtype]
             if rows:
                 table[rows] = _powers([pieces[i] for i in rows], order)
-        schedule = Schedule.of([x.groups if p.device == device else () for x, p in zip(layouts, parameters, strict=True)], device)
+        schedule = Schedule.of(
+            [x.groups if p.device == device else () for x, p in zip(layouts, parameters, strict=True)], device
+        )
         packed_sum(table, schedule, maximum=order == float("inf"))
         totals.append(table.max() if order == float("inf") else table.sum())
     total = torch.stack([t.to(devices[0], non_blocking=True) for t in totals])

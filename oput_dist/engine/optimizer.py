@@ -104,7 +104,7 @@ class Optimizer(torch.optim.Optimizer):
         self.check(every)
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
-        super().__init__(params, every)  # type: ignore[arg-type]
+        super().__init__(params, every)
 
     @abstractmethod
     def recipe(self, group: Group) -> Recipe:
@@ -147,7 +147,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Parameters whose gradient is None are skipped: parameter, state and step counter stay as they are, and they
@@ -209,7 +209,8 @@ def _state_dtype(owner: str, common: Common) -> torch.dtype | None:
     dtype = common.get("state_dtype")
     if dtype is not None and dtype not in _STATE_DTYPES:
         raise ValueError(
-            f"{owner}: state_dtype={dtype!r} is not allowed: must be None or one of {', '.join(map(str, _STATE_DTYPES))}"
+            f"{owner}: state_dtype={dtype!r} is not allowed: must be None or one of "
+            f"{', '.join(map(str, _STATE_DTYPES))}"
         )
     return dtype
 

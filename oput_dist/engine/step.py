@@ -137,9 +137,7 @@ class Step:
         rows: dict[tuple[int, int], int] = {}
         which = [rows.setdefault((slot.group, steps[slot]), len(rows)) for slot in slots]
         named = [self._scalars(self._groups[group], step) for group, step in rows]
-        values = [
-            (decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)
-        ]
+        values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         device = slots[0].device
         batch = Batch(
             p=[slot.flat_parameter() for slot in slots],

@@ -12,7 +12,16 @@ from .flat import dense_strides, flat, same_order
 from .partitioned import Partitioned
 from .plain import Plain
 
-__all__ = ["Layout", "LayoutError", "dense_strides", "flat", "layout_of", "local_tensor", "same_order", "whole_or_local"]
+__all__ = [
+    "Layout",
+    "LayoutError",
+    "dense_strides",
+    "flat",
+    "layout_of",
+    "local_tensor",
+    "same_order",
+    "whole_or_local",
+]
 
 
 def layout_of(parameter: torch.Tensor, shard_group: dist.ProcessGroup | None = None) -> Layout:

@@ -41,8 +41,13 @@ class Distributed(Layout):
         return local_tensor(tensor)
 
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._zeros(dtype)
+
+    def _zeros(self, dtype: torch.dtype) -> DTensor:
         local = torch.empty_strided(self._local_shape, self._local_strides, dtype=dtype, device=self._device).zero_()
-        return self._wrap(local)
+        return DTensor.from_local(
+            local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=self._stride
+        )
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape != self.shape:
@@ -54,14 +59,9 @@ class Distributed(Layout):
             raise LayoutError(f"state on the mesh {value.device_mesh} for a parameter on {self._mesh}")
         if value.placements != self._placements:
             value = value.redistribute(self._mesh, self._placements)
-        result = self.zeros(value.dtype)
+        result = self._zeros(value.dtype)
         local_tensor(result).copy_(local_tensor(value))
         return result
-
-    def _wrap(self, local: torch.Tensor) -> DTensor:
-        return DTensor.from_local(
-            local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=self._stride
-        )
 
 
 def local_tensor(tensor: DTensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import functools
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .base import Layout
 from .dtensor import Distributed
@@ -15,7 +15,7 @@ from .dtensor import Distributed
 __all__ = ["Partitioned"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _mesh(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
     return DeviceMesh.from_group(group, device_type)
 
@@ -53,10 +53,8 @@ class Partitioned(Layout):
         return self._state.adopt(value)
 
 
-def _on_mesh(parameter: torch.Tensor, piece: torch.Tensor, mesh: DeviceMesh, split: bool) -> torch.Tensor:
+def _on_mesh(parameter: torch.Tensor, piece: torch.Tensor, mesh: DeviceMesh, split: bool) -> DTensor:
     """The DTensor whose local piece is ``piece``: what FSDP2 would make of the parameter."""
-    from torch.distributed.tensor import DTensor
-
     placement = Shard(0) if split else Replicate()
     with torch.no_grad():
         return DTensor.from_local(

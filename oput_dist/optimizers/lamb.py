@@ -47,7 +47,7 @@ def lamb_moments(p, g, state, h):
 
 @rule
 def lamb_trust(sums, h):
-    p_squares, u_squares, numel = sums
+    p_squares, u_squares, _numel = sums
     weight = tl.minimum(tl.sqrt(p_squares), h.clamp)
     update = tl.sqrt(u_squares)
     usable = (weight > 0) & (update > 0) & (h.adapt > 0)
