@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,7 @@ from .triton import Triton
 __all__ = ["BACKENDS", "Backend", "Batch", "Row", "Scalars", "backend", "check_backend", "choose", "compute_dtype"]
 
 BACKENDS = ("triton", "compile", "foreach", "eager")
+"""All backends, the fastest first."""
 
 COMPILE_FROM = 2**22
 """Elements on a CPU from which the default is ``compile``: below, compiling takes longer than it can save."""
@@ -33,32 +35,38 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def check_backend(name: str | None) -> None:
+def check_backend(name: str) -> None:
     """Raise if ``name`` is no backend, or one that cannot run here at all."""
-    if name is None:
-        return
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: must be None or one of {', '.join(map(repr, BACKENDS))}")
     if name == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton': Triton is not installed; leave backend=None to have the best one chosen")
 
 
-def choose(name: str | None, device: torch.device, numel: int) -> Backend:
-    """The backend for tensors of ``numel`` elements together on ``device``; ``name`` decides unless it is None.
+def choose(allowed: Sequence[str], device: torch.device, numel: int) -> Backend:
+    """The fastest of the allowed backends for tensors of ``numel`` elements together on ``device``.
 
-    By default: ``triton`` on CUDA and ROCm; on a CPU ``compile`` from :data:`COMPILE_FROM` elements on where there is a
-    C++ compiler, else ``foreach``.
+    ``triton`` on CUDA and ROCm; on a CPU ``compile`` from :data:`COMPILE_FROM` elements on where there is a C++
+    compiler, else ``foreach``. A single allowed backend is taken whatever the size.
+
+    Raises:
+        ValueError: if only ``triton`` is allowed and the tensors are on a CPU.
     """
-    if name == "triton" and device.type == "cpu" and not interpreting():
+    gpu = device.type == "cuda"
+    if list(allowed) == ["triton"] and not gpu and not interpreting():
         raise ValueError(
-            "backend='triton' on CPU tensors: Triton launches on GPUs only (or set TRITON_INTERPRET=1 to test); "
-            "use backend='compile', or None"
+            f"backend='triton' on {device.type} tensors: Triton launches on GPUs only (TRITON_INTERPRET=1 tests its "
+            "kernels on a CPU); use backend='compile', or None"
         )
-    if name is not None:
-        return backend(name)
-    if device.type == "cuda":
-        return backend("triton" if HAS_TRITON else "foreach")
-    return backend("compile" if device.type == "cpu" and numel >= COMPILE_FROM and can_compile() else "foreach")
+    if len(allowed) == 1:
+        return backend(allowed[0])
+    usable = {
+        "triton": gpu and HAS_TRITON,
+        "compile": device.type == "cpu" and numel >= COMPILE_FROM and can_compile(),
+        "foreach": True,
+        "eager": True,
+    }
+    return backend(next(name for name in BACKENDS if name in allowed and usable[name]))
 
 
 @functools.cache

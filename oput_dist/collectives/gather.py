@@ -72,11 +72,15 @@ class _Bucket:
 
     def finish(self) -> None:
         self._work.wait()
+        targets, sources = [], []
         for rank, share in enumerate(self._received):
             if rank == self._rank:
                 continue
             at = 0
             for pieces in self._tensors:
                 piece = pieces[rank]
-                piece.copy_(share[at : at + piece.numel()].view(piece.shape))
+                targets.append(piece)
+                sources.append(share[at : at + piece.numel()].view(piece.shape))
                 at += piece.numel()
+        if targets:
+            torch._foreach_copy_(targets, sources)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from oput_dist.backends import Batch, Scalars, choose
+from oput_dist.backends import BACKENDS, Batch, Scalars, choose
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.math import square_terms
 from oput_dist.kernels.stage import Measure, Prologue
@@ -22,12 +22,12 @@ class _NormScalars(NamedTuple):
     order: float
 
 
-def square_sums(tensors: Sequence[torch.Tensor], backend: str | None) -> torch.Tensor:
+def square_sums(tensors: Sequence[torch.Tensor], backends: tuple[str, ...] = BACKENDS) -> torch.Tensor:
     """``[tensors, 1]``, float64: the sum of squares of each of some flat tensors of one dtype and device."""
     device = tensors[0].device
     scalars = Scalars(_NormScalars, [(0.0, 2.0)], [0] * len(tensors), device)
     batch = Batch(list(tensors), list(tensors), [()] * len(tensors), scalars, Prologue())
-    sums = choose(backend, device, sum(t.numel() for t in tensors)).run(_NORM, batch, None)
+    sums = choose(backends, device, sum(t.numel() for t in tensors)).run(_NORM, batch, None)
     assert sums is not None
     return sums
 
@@ -110,7 +110,7 @@ def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tenso
 def _powers(tensors: Sequence[torch.Tensor], order: float) -> torch.Tensor:
     """What the norm of an order adds up (or takes the maximum of), for each tensor."""
     if order == 2.0:
-        return square_sums(tensors, None)
+        return square_sums(tensors)
     if order == float("inf"):
         return torch.stack([t.abs().max().double() for t in tensors]).unsqueeze(1)
     return torch.stack([t.double().abs().pow(order).sum() for t in tensors]).unsqueeze(1)

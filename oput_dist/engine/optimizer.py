@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from oput_dist.backends import check_backend
+from oput_dist.backends import BACKENDS, check_backend
 
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive
 from .load import load_state_dict
@@ -34,7 +34,7 @@ class Common(TypedDict, total=False):
     - ``maximize`` (bool, False): ascend.
     - ``max_grad_norm`` (float > 0): clip the global gradient norm inside the update; gradients stay as they are.
     - ``backend`` (str): ``"triton"``, ``"compile"``, ``"foreach"`` or ``"eager"``; by default the fastest.
-    - ``foreach``, ``triton`` (bool): the same choice, under the names of other libraries.
+    - ``foreach``, ``triton`` (bool): True takes that backend, False rules it out.
     - ``shard_group`` (ProcessGroup): partition update and state of replicated parameters over it (ZeRO-1).
     - ``state_dtype`` (torch.dtype): of the state; the parameter's own by default.
     """
@@ -90,7 +90,7 @@ class Optimizer(torch.optim.Optimizer):
         if unknown:
             known = [*defaults, *Common.__annotations__]
             raise TypeError(f"{owner} has no option {unknown[0]!r}.{nearest(unknown[0], known)}")
-        self._options = Options(_backend(owner, common), _state_dtype(owner, common), _max_grad_norm(owner, common))
+        self._options = Options(_backends(owner, common), _state_dtype(owner, common), _max_grad_norm(owner, common))
         group = common.get("shard_group")
         self._shard_group = None if group is None else _GroupHandle(_checked_group(owner, group))
         self._plan: Plan | None = None
@@ -134,6 +134,8 @@ class Optimizer(torch.optim.Optimizer):
         merged = {**self.defaults, **param_group}
         check_group(owner, merged, {**_GROUP_COMMON, **self.checks})
         self.check(merged)
+        if merged["decouple_lr"] and merged["max_lr"] is None and float(merged["lr"]) == 0:
+            raise ValueError(f"{owner}: decouple_lr=True with lr=0: give max_lr, the largest rate of the schedule")
         for name in param_group:
             if name not in self.defaults and (near := nearest(name, self.defaults, cutoff=0.85)):
                 warnings.warn(f"{owner}: parameter group has an unknown option {name!r}.{near}", stacklevel=4)
@@ -193,16 +195,17 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = None
 
 
-def _backend(owner: str, common: Common) -> str | None:
-    """The one backend that ``backend``, ``triton`` and ``foreach`` together ask for."""
+def _backends(owner: str, common: Common) -> tuple[str, ...]:
+    """The backends that ``backend``, ``triton`` and ``foreach`` together leave to choose from."""
     asked = {name for name in ("triton", "foreach") if common.get(name)}
     if common.get("backend") is not None:
         asked.add(str(common["backend"]))
     if len(asked) > 1:
         raise ValueError(f"{owner}: {' and '.join(sorted(asked))} are both asked for; give backend= alone")
-    name = asked.pop() if asked else None
-    check_backend(name)
-    return name
+    for name in asked:
+        check_backend(name)
+    refused = {name for name in ("triton", "foreach") if common.get(name) is False}
+    return tuple(asked) or tuple(name for name in BACKENDS if name not in refused)
 
 
 def _state_dtype(owner: str, common: Common) -> torch.dtype | None:

@@ -57,6 +57,12 @@ class Plan:
                 state[slot.parameter]["step"] = counters[slot.index]
         return plan
 
+    def cache(self, bucket: Any) -> dict[Any, Any]:
+        """What a backend keeps for a bucket. Buckets that change at every step are not kept for ever."""
+        if bucket not in self.caches and len(self.caches) >= 64:
+            self.caches.clear()
+        return self.caches.setdefault(bucket, {})
+
     def stale(self) -> bool:
         """Whether any parameter has moved."""
         return any(slot.stale() for slot in self.slots)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oput_dist.backends import Batch, Scalars, choose
+from oput_dist.backends import BACKENDS, Batch, Scalars, choose
 from oput_dist.collectives import gather_pieces, packed_sum
 from oput_dist.kernels.stage import Prologue, Stage
 
@@ -26,7 +26,7 @@ State = MutableMapping[torch.Tensor, dict[str, Any]]
 class Options:
     """What holds for a whole optimizer."""
 
-    backend: str | None = None
+    backends: tuple[str, ...] = BACKENDS
     state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
 
@@ -72,6 +72,8 @@ class Step:
         gradients = [(slot, gradient) for slot in self._plan.slots if (gradient := slot.flat_gradient()) is not None]
         gradients = self._without_rehearsal(gradients)
         present = [slot for slot, _ in gradients]
+        for device in {slot.device for slot in present}:
+            choose(self._options.backends, device, 0)
         state = {slot: self._state_of(slot) for slot in present}
         steps = dict(zip(present, self._plan.count(present, self._state), strict=True))
         active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
@@ -113,16 +115,22 @@ class Step:
         steps: dict[Slot, int],
         scale: dict[torch.device, torch.Tensor],
     ) -> list[_Bucket]:
-        prologues = [prologue_of(recipe, group) for recipe, group in zip(self._recipes, self._groups, strict=True)]
+        kinds = [
+            (recipe, prologue_of(recipe, group)) for recipe, group in zip(self._recipes, self._groups, strict=True)
+        ]
+        first = [kinds.index(kind) for kind in kinds]  # one small number for groups that are updated alike
         sorted_slots: dict[Any, list[tuple[Slot, torch.Tensor]]] = {}
         for slot, gradient in active:
-            recipe, prologue = self._recipes[slot.group], prologues[slot.group]
-            dtypes = (slot.dtype, gradient.dtype, *(s.dtype for s in state[slot]))
-            sorted_slots.setdefault((recipe, prologue, dtypes, slot.device), []).append((slot, gradient))
-        return [
-            self._bucket(key[0], key[1], members, state, steps, scale.get(key[3]))
-            for key, members in sorted_slots.items()
-        ]
+            key = (first[slot.group], slot.dtype, gradient.dtype, slot.device, *[s.dtype for s in state[slot]])
+            if key in sorted_slots:
+                sorted_slots[key].append((slot, gradient))
+            else:
+                sorted_slots[key] = [(slot, gradient)]
+        buckets = []
+        for key, members in sorted_slots.items():
+            recipe, prologue = kinds[key[0]]
+            buckets.append(self._bucket(recipe, prologue, members, state, steps, scale.get(key[3])))
+        return buckets
 
     def _bucket(
         self,
@@ -134,6 +142,7 @@ class Step:
         scale: torch.Tensor | None,
     ) -> _Bucket:
         slots = [slot for slot, _ in members]
+        indices = [slot.index for slot in slots]
         rows: dict[tuple[int, int], int] = {}
         which = [rows.setdefault((slot.group, steps[slot]), len(rows)) for slot in slots]
         named = [self._scalars(self._groups[group], step) for group, step in rows]
@@ -146,9 +155,8 @@ class Step:
             scalars=Scalars(type(named[0]), values, which, device),
             prologue=prologue,
             scale=scale,
-            cache=self._plan.caches.setdefault((recipe, prologue, tuple(slot.index for slot in slots)), {}),
+            cache=self._plan.cache((recipe, prologue, tuple(indices))),
         )
-        indices = [slot.index for slot in slots]
         whole = indices == list(range(len(self._plan.slots)))
         return _Bucket(slots, recipe, batch, None if whole else torch.tensor(indices, device=device))
 
@@ -177,7 +185,7 @@ class Step:
         numels = [p.numel() for p in batch.p]
         table = before.get(device)
         sums = table if table is None or bucket.index is None else table[bucket.index]
-        result = choose(self._options.backend, device, sum(numels)).run(stage, batch, sums)
+        result = choose(self._options.backends, device, sum(numels)).run(stage, batch, sums)
         if result is not None:
             count = torch.tensor(numels, dtype=torch.float64).to(device, non_blocking=True).unsqueeze(1)
             rows = torch.cat([result, count], 1)
@@ -203,7 +211,7 @@ class Step:
             sorted_slots.setdefault((gradient.dtype, slot.device), []).append((slot, gradient))
         for (_, device), members in sorted_slots.items():
             tables[device][[slot.index for slot, _ in members]] = square_sums(
-                [g for _, g in members], self._options.backend
+                [g for _, g in members], self._options.backends
             )
         self._reduce(tables)
         home = next(iter(tables))
