@@ -1,0 +1,247 @@
+"""Train a small byte-level GPT with any optimizer of the suite: torchrun --nproc-per-node 2 launch/train.py --help."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if not __package__:  # started as a script: find the neighbouring modules as the package `launch`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import oput_dist as oput
+from launch import checkpoint, data, parallel
+from launch.errors import UsageError
+from launch.model import GPT
+from launch.options import Options, parse
+from launch.parallel import World, together
+from launch.report import Clock, Report, Row
+from launch.schedule import scale
+
+
+def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the command line asks for; UsageError with the library's own sentence for what it refuses."""
+    arguments = dict(options.opt)
+    for key, flag in (("lr", "--lr"), ("params", "--layers"), ("shard_group", "--parallel zero1")):
+        if key in arguments:
+            raise UsageError(f"--opt {key} is not for you to set; use {flag}")
+    dtype = arguments.get("state_dtype")
+    if isinstance(dtype, str):
+        arguments["state_dtype"] = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if options.lr is not None:
+        arguments["lr"] = options.lr
+    if options.parallel == "zero1":
+        arguments["shard_group"] = dist.group.WORLD
+    try:
+        return oput.create(options.optimizer, model, **arguments)
+    except (ValueError, TypeError) as e:
+        raise UsageError(str(e)) from e
+
+
+class Trainer:
+    """A model, its optimizer and its text, spread over the ranks of `world`."""
+
+    def __init__(self, options: Options, world: World, corpus: data.Corpus, device: torch.device) -> None:
+        self.options, self.world, self.corpus, self.device = options, world, corpus, device
+        self.bf16 = (options.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+        torch.manual_seed(options.seed)
+        self.model = GPT(options.width, options.layers, options.heads, options.context).to(device)
+        self.module = parallel.spread(self.model, options.parallel, device, self.bf16)
+        self.optimizer = build_optimizer(options, self.model)
+        self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.clock = Clock(device)
+
+    def loss(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Nats per byte, for each sequence."""
+        autocast = self.bf16 and self.options.parallel != "fsdp2"  # FSDP2 casts by itself
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            logits = module(inputs)
+        return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").mean(dim=1)
+
+    def step(self, step: int) -> Row:
+        """0-based step `step`; nothing waits for the device."""
+        options = self.options
+        lr = self.peak_lr * scale(options.schedule, step, options.steps, options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        before = self.clock.now()
+        loss = self.forward_backward(step)
+        middle = self.clock.now()
+        if options.clip is not None:
+            oput.clip_grad_norm_(self.model.parameters(), options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        after = self.clock.now()
+        return Row(step + 1, parallel.mean_over_ranks(loss, self.world), lr, (before, middle, after), None)
+
+    def forward_backward(self, step: int) -> Tensor:
+        """Accumulate the gradients of one global batch; the mean loss of this rank's share."""
+        options, world = self.options, self.world
+        text = self.corpus.train
+        starts = data.sequence_starts(len(text), options.context, options.batch_size, options.seed, step)
+        total = torch.zeros((), device=self.device)
+        for part, some in enumerate(data.share(starts, world.rank, world.size, options.accumulate)):
+            inputs, targets = data.sequences(text, some, options.context, self.device)
+            with parallel.gradient_exchange(self.module, last=part == options.accumulate - 1):
+                loss = self.loss(self.module, inputs, targets).mean() / options.accumulate
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def held_out_loss(self) -> Tensor:
+        """Over sequences spread evenly over the held-out text. All ranks make the same number of forward passes."""
+        options, world, text = self.options, self.world, self.corpus.held_out
+        count = options.eval_sequences
+        starts = torch.linspace(0, len(text) - options.context - 1, count).long()
+        micro_batch = options.batch_size // (world.size * options.accumulate)
+        total = torch.zeros((), device=self.device)
+        for begin in range(0, count, micro_batch * world.size):
+            wanted = torch.arange(micro_batch) + begin + world.rank * micro_batch
+            inputs, targets = data.sequences(text, starts[wanted % count], options.context, self.device)
+            losses = self.loss(self.model, inputs, targets)
+            total += (losses * (wanted < count).to(self.device, non_blocking=True)).sum()
+        return parallel.mean_over_ranks(total, world) * (world.size / count)
+
+    def settle(self) -> None:
+        """Let DDP choose its buckets, as it does in the first backward pass, before the first real step.
+
+        The order in which gradients are summed depends on the buckets, so that otherwise the first step after a resume
+        would round differently from the same step of an uninterrupted run.
+        """
+        if self.options.parallel in ("ddp", "zero1"):
+            self.module(torch.zeros(1, self.options.context, dtype=torch.long, device=self.device)).sum().backward()
+            self.optimizer.zero_grad()
+
+    def describe(self) -> dict[str, Any]:
+        """What this run is, for its checkpoints."""
+        run = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()}
+        run |= {"optimizer": type(self.optimizer).__name__, "lr": self.peak_lr, "ranks": self.world.size}
+        run |= {"dtype": "bf16" if self.bf16 else "fp32", "text": self.corpus.digest}
+        return run
+
+    def headline(self) -> str:
+        options, size = self.options, sum(p.numel() for p in self.model.parameters())
+        place = f"{torch.get_num_threads()} thread(s) each" if self.device.type == "cpu" else "NCCL"
+        return (
+            f"{type(self.optimizer).__name__}, {options.parallel}, {self.world.size} rank(s) on {self.device.type} "
+            f"({place}, {'bf16' if self.bf16 else 'fp32'}); GPT of {size / 1e6:.2f} M parameters; "
+            f"{len(self.corpus.train) / 1e6:.1f} MB of text from {self.corpus.source}"
+        )
+
+
+def start(options: Options, world: World) -> tuple[Trainer, int]:
+    """Everything before the first step: the trainer, and the step that it starts from. Bad input ends the run here."""
+    with together(world):
+        device = parallel.choose_device(options.device, world)
+        parallel.set_up_device(device, options.threads, world)
+        corpus = data.read_corpus(options.data, options.context)
+    with together(world):
+        parallel.same_everywhere(world, "text or version of Python", corpus.digest)
+    with together(world):
+        trainer = Trainer(options, world, corpus, device)
+    if options.checkpoint is None:
+        return trainer, 0
+    with together(world):
+        found = checkpoint.newest(options.checkpoint)
+        if found and not options.resume:
+            raise UsageError(f"{found.path} exists; continue it with --resume or give another --checkpoint folder")
+    if found is None:
+        if options.resume and world.rank == 0:
+            print(f"no checkpoint in {options.checkpoint} yet: starting from step 0", flush=True)
+        return trainer, 0
+    run = trainer.describe()
+    with together(world):
+        checkpoint.check(found, run, trainer.model, trainer.optimizer)
+    with together(world):
+        checkpoint.load(found, run, trainer.model, trainer.optimizer)
+    if world.rank == 0:
+        print(f"continuing from {found.path}{checkpoint.differences(found, run)}", flush=True)
+    return trainer, found.step
+
+
+def train(trainer: Trainer, first: int) -> None:
+    """Run the steps from 0-based step `first` on, with a report on rank 0."""
+    options, world, report = trainer.options, trainer.world, None
+    with together(world):
+        if world.rank == 0:
+            print(trainer.headline(), flush=True)
+            report = open_report(trainer, first)
+    try:
+        if first == 0:
+            val_loss = trainer.held_out_loss()
+            if report:
+                report.first(val_loss)
+        trainer.settle()
+        for step in range(first, options.steps):
+            row = trainer.step(step)
+            if due(row.step, options.eval_every, options.steps):
+                row = dataclasses.replace(row, val_loss=trainer.held_out_loss())
+            folder = options.checkpoint if due(row.step, options.checkpoint_every, options.steps) else None
+            if report:
+                report.add(row, flush=folder is not None)
+            if folder is not None:
+                checkpoint.save(folder, row.step, trainer.describe(), trainer.model, trainer.optimizer, world)
+    finally:
+        if report:
+            report.close()
+    if report:
+        finish(report, options)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def open_report(trainer: Trainer, first: int) -> Report:
+    options = trainer.options
+    tokens = options.batch_size * options.context
+    try:
+        return Report(
+            options.out, first or -1, options.steps, tokens, trainer.clock, lambda: oput.state_bytes(trainer.optimizer)
+        )
+    except OSError as e:
+        raise UsageError(f"--out {options.out} cannot be written ({e.strerror})") from e
+
+
+def finish(report: Report, options: Options) -> None:
+    """Say what came out, and where it is."""
+    held_out = [row["val_loss"] for row in report.history if "val_loss" in row]
+    if held_out:
+        print(f"held-out loss: {held_out[0]:.3f} at first, {held_out[-1]:.3f} at the end (nats per byte)")
+    print(f"metrics:       {report.metrics}")
+    print(f"loss curve:    {report.plot() or 'not drawn, since matplotlib is not installed'}")
+    if options.checkpoint is not None:
+        print(f"checkpoint:    {options.checkpoint / f'step-{options.steps:06d}'}", flush=True)
+
+
+def run(arguments: Sequence[str] | None, world: World) -> int:
+    """Train as the command line says; the exit status."""
+    try:
+        with together(world):
+            options = parse(arguments, world)
+        if options.parallel != "single" and not dist.is_initialized():
+            parallel.connect(world)
+        train(*start(options, world))
+    except SystemExit as e:  # raised on all ranks together
+        return int(e.code or 0)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; 0, or 2 after one sentence about bad input, or 1 if it could not be finished."""
+    world = World.from_environment()
+    if world.size > 1:
+        parallel.connect(world)
+    status = run(arguments, world)
+    parallel.leave()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
