@@ -1,0 +1,134 @@
+"""What sharding costs and saves, counted: collectives in a step, and bytes of state on each rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import oput_dist as oput
+from tests.layouts import Weights
+from tests.pool import Pool
+
+NORMS = ("lamb", "stableadamw")
+MANY, COUNT = 300, 30  # parameters: where their number is the point, and elsewhere
+
+
+def shapes(count: int) -> list[tuple[int, ...]]:
+    return [(3 + i % 5, 4) if i % 2 else (2 + i % 7,) for i in range(count)]
+
+
+def collectives(work: Callable[[], Any]) -> dict[str, int]:
+    """The collectives that really ran, by their names in c10d, from the profiler: no way of calling one escapes it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    names = Counter({event.key: event.count for event in profile.key_averages()})
+    return {name.removeprefix("c10d::"): count for name, count in names.items() if name.startswith("c10d::")}
+
+
+def trained(layout: str, name: str, count: int = COUNT, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer over ``count`` parameters that all have gradients, before its first step."""
+    module = Weights({f"p{i}": torch.randn(shape) for i, shape in enumerate(shapes(count))})
+    if layout == "fsdp2":
+        fully_shard(module)
+    elif layout == "hsdp":
+        fully_shard(module, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    else:
+        options["shard_group"] = dist.group.WORLD
+    module({f"p{i}": torch.randn(shape) for i, shape in enumerate(shapes(count))}).backward()
+    return oput.create(name, module, weight_decay=0.1, **options)
+
+
+def count_steps(
+    layout: str, names: list[str], options: dict[str, Any], count: int = COUNT
+) -> dict[str, list[dict[str, int]]]:
+    counted = {}
+    for name in names:
+        optimizer = trained(layout, name, count, **options)
+        counted[name] = [collectives(optimizer.step) for _ in range(2)]
+    return counted
+
+
+def count_controls() -> list[dict[str, int]]:
+    tensor = torch.ones(4)
+
+    def gather() -> None:
+        dist.all_gather([torch.empty(4) for _ in range(dist.get_world_size())], tensor)
+
+    return [collectives(lambda: dist.all_reduce(tensor)), collectives(gather)]
+
+
+def test_the_counter_counts(pool: Pool) -> None:
+    assert pool.run(2, count_controls) == [[{"allreduce_": 1}, {"allgather_": 1}]] * 2
+
+
+@pytest.mark.parametrize(("layout", "n"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])
+def test_one_all_reduce_for_all_norms_and_none_without(pool: Pool, layout: str, n: int) -> None:
+    names = oput.available()
+    wanted = {name: [{"allreduce_": 1} if name in NORMS else {}] * 2 for name in names}
+    assert pool.run(n, count_steps, layout, names, {}) == [wanted] * n
+
+
+def test_one_all_reduce_whatever_the_number_of_parameters(pool: Pool) -> None:
+    assert pool.run(2, count_steps, "fsdp2", ["lamb"], {}, MANY) == [{"lamb": [{"allreduce_": 1}] * 2}] * 2
+
+
+def test_clipping_is_one_more_all_reduce(pool: Pool) -> None:
+    wanted = {"adamw": [{"allreduce_": 1}] * 2, "lamb": [{"allreduce_": 2}] * 2}
+    assert pool.run(2, count_steps, "fsdp2", ["adamw", "lamb"], {"max_grad_norm": 1.0}) == [wanted] * 2
+
+
+def test_zero1_adds_one_gather_of_the_updated_parameters(pool: Pool) -> None:
+    names = oput.available()
+    gather = {"_allgather_base_": 1}
+    wanted = {name: [gather | ({"allreduce_": 1} if name in NORMS else {})] * 2 for name in names}
+    assert pool.run(3, count_steps, "zero1", names, {}) == [wanted] * 3
+
+
+def measure_state(layout: str, names: list[str]) -> dict[str, tuple[int, int, int, int]]:
+    """For each optimizer: state_bytes, the same from the tensors, that of one plain process, the largest allowed."""
+    measured = {}
+    n = dist.get_world_size()
+    for name in names:
+        sharded = trained(layout, name)
+        sharded.step()
+        plain = oput.create(name, [torch.randn(shape, requires_grad=True) for shape in shapes(COUNT)])
+        for p in plain.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        plain.step()
+        whole = [v for state in plain.state.values() for k, v in state.items() if k != "step"]
+        remainder = sum(v[0].numel() * v.element_size() for v in whole)  # one row of each
+        counters = 4 * COUNT
+        local = [
+            v.to_local() if isinstance(v, DTensor) else v for state in sharded.state.values() for v in state.values()
+        ]
+        measured[name] = (
+            oput.state_bytes(sharded),
+            sum(v.untyped_storage().nbytes() if v.ndim else v.element_size() for v in local),
+            oput.state_bytes(plain),
+            (oput.state_bytes(plain) - counters) // n + remainder + counters,
+        )
+    return measured
+
+
+STATES = {"adam": 2, "adamw": 2, "adan": 4, "lamb": 2, "lion": 1, "sgd": 0, "stableadamw": 2}
+
+
+@pytest.mark.parametrize(("layout", "n"), [("fsdp2", 2), ("fsdp2", 3), ("zero1", 3), ("zero1", 4)])
+def test_state_is_partitioned(pool: Pool, layout: str, n: int) -> None:
+    elements = sum(torch.Size(shape).numel() for shape in shapes(COUNT))
+    ranks = pool.run(n, measure_state, layout, oput.available())
+    for name in oput.available():
+        for reported, from_tensors, whole, limit in (rank[name] for rank in ranks):
+            assert reported == from_tensors
+            assert whole == 4 * elements * STATES[name] + 4 * COUNT
+            assert reported <= limit
+        # Together the ranks hold each element once, and each rank its own counters.
+        assert sum(rank[name][0] - 4 * COUNT for rank in ranks) == whole - 4 * COUNT
