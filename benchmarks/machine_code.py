@@ -1,0 +1,109 @@
+"""What the Triton compiler makes of every rule, for GPUs that need not be there: width of accesses, and spills."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from .variants import programs
+
+__all__ = ["DTYPES", "Row", "faults", "jobs", "report"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+Job = tuple[int, str, torch.dtype]
+"""Index in ``programs()``, target, dtype of all tensors."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled program. Needed are the 128-bit accesses that its tensors take in the path for full tiles."""
+
+    program: str
+    target: str
+    dtype: str
+    wide_loads: int
+    needed_loads: int
+    wide_stores: int
+    needed_stores: int
+    spills: int
+
+
+def jobs() -> list[Job]:
+    """Every rule with its fullest prologue for every target, every other program once.
+
+    sm_80 differs from sm_90 in the last passes only, so one dtype is enough there.
+    """
+    from oput_dist.kernels.compiling import TARGETS
+
+    by_rule: dict[str, int] = {}
+    for i, program in enumerate(programs()):
+        if program.stage.rule.__name__ not in by_rule or program.scaled:
+            by_rule[program.stage.rule.__name__] = i
+    full = set(by_rule.values())
+    rest = [(i, "sm_90", torch.bfloat16) for i in range(len(programs())) if i not in full]
+    return [
+        (i, target, dtype)
+        for i in sorted(full)
+        for target in TARGETS
+        for dtype in (DTYPES[1:] if target == "sm_80" else DTYPES)
+    ] + rest
+
+
+def report(work: Sequence[Job], processes: int = 2) -> list[Row]:
+    """Compile in processes of their own, since Triton must not be interpreting there."""
+    # By index, because rules cannot be pickled.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_compile, work, chunksize=4))
+
+
+def _compile(job: Job) -> Row:
+    from oput_dist.kernels.compiling import compile_stage
+
+    number, target, dtype = job
+    program = programs()[number]
+    made = compile_stage(
+        target,
+        program.stage,
+        program.prologue,
+        program.scalars,
+        program.terms,
+        program.scaled,
+        dtype,
+        dtype,
+        (dtype,) * program.states,
+    )
+    each = dtype.itemsize * 8 // 16  # a thread has eight elements of each tensor
+    reads, writes = program.traffic()
+    return Row(
+        program.name,
+        target,
+        str(dtype).removeprefix("torch."),
+        made.wide_loads,
+        reads * each,
+        made.wide_stores,
+        writes * each,
+        made.spills,
+    )
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """What is not as it should be, a line each.
+
+    On NVIDIA the counts must be exact: everything else in the kernel is narrower. AMD's compiler also reads pairs of
+    hyperparameters 128 bits at a time, as many for every dtype: so fp32, with two accesses for bf16's one, must have
+    just the loads of one more access for each tensor.
+    """
+    found = [f"{row}: spills registers" for row in rows if row.spills]
+    found += [f"{row}: stores are not 128 bits wide" for row in rows if row.wide_stores != row.needed_stores]
+    amd = {(r.program, r.dtype): r for r in rows if r.target.startswith("gfx")}
+    for row in rows:
+        if row.target.startswith("sm") and row.wide_loads != row.needed_loads:
+            found.append(f"{row}: loads are not 128 bits wide")
+    for (program, dtype), half in amd.items():
+        if dtype == "bfloat16" and amd[program, "float32"].wide_loads - half.wide_loads != half.needed_loads:
+            found.append(f"{half} and {amd[program, 'float32']}: loads are not 128 bits wide")
+    return found

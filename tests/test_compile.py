@@ -1,0 +1,38 @@
+"""Every rule compiles for GPUs that are not here, with 128-bit accesses and no spilled registers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.machine_code import Row, faults, jobs, report
+from benchmarks.variants import bytes_per_element, programs
+from oput_dist.kernels.compiling import TARGETS
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0"
+    return report(jobs())
+
+
+def test_every_rule_for_every_target(rows: list[Row]) -> None:
+    rules = {program.stage.rule.__name__ for program in programs()}
+    compiled = {(row.program.split()[0], row.target, row.dtype) for row in rows}
+    assert compiled >= {(rule, target, "bfloat16") for rule in rules for target in TARGETS}
+    assert compiled >= {(rule, target, "float32") for rule in rules for target in ("sm_90", "gfx942")}
+    assert {row.program for row in rows} == {program.name for program in programs()}
+
+
+def test_wide_accesses_and_no_spills(rows: list[Row]) -> None:
+    found = faults(rows)
+    assert not found, "\n".join(found)
+
+
+def test_minimum_traffic() -> None:
+    """Bytes per fp32 parameter, as the literature counts them: what the accesses above add up to."""
+    wanted = {"lion": 20, "adamw": 28, "adam": 28, "adan": 44, "stableadamw": 36, "lamb": 40, "sgd": 12}
+    assert {name: bytes_per_element(name) for name in wanted} == wanted
