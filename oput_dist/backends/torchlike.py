@@ -5,7 +5,6 @@ They differ in two choices only: whether small tensors are packed, and how a bod
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from oput_dist.kernels.stage import Apply, Measure, Prologue, Stage, Update
 
 from .batch import Batch, compute_dtype
 from .body import Body, body_of, factors_of
-from .packing import Pack, packs, scatter, segment_sums
+from .packing import Pack, packs, segment_sums
 
 __all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
 
@@ -65,7 +64,7 @@ class TorchBackend:
         factors: torch.Tensor | None,
         out: torch.Tensor | None,
     ) -> None:
-        body = self._body(stage, batch, summed=True, numel=batch.p[i].numel())
+        body = self._body(stage, batch, summed=True)
         row = rows[batch.scalars.which[i]]
         c = None if factors is None else factors[:, i]
         chunk = self.sum_chunk if isinstance(stage, Measure) else self.chunk
@@ -85,28 +84,28 @@ class TorchBackend:
         factors: torch.Tensor | None,
         out: torch.Tensor | None,
     ) -> None:
-        p_list = [batch.p[i] for i in pack]
-        state_lists = [list(column) for column in zip(*(batch.state[i] for i in pack), strict=True)]
-        p = torch.cat(p_list)
-        g = torch.cat([batch.g[i] for i in pack])
-        state = tuple(torch.cat(column) for column in state_lists)
-        row = rows[batch.scalars.which[pack[0]]]
-        lengths = torch.tensor([t.numel() for t in p_list], device=p.device)
-        c = None if factors is None else factors[:, pack].repeat_interleave(lengths, dim=1, output_size=p.numel())
-        body = self._body(stage, batch, summed=False, numel=p.numel())
-        parts = -(-p.numel() // self.chunk)
+        indices = pack.indices
+        columns = [list(column) for column in zip(*(batch.state[i] for i in indices), strict=True)]
+        lists = [[batch.p[i] for i in indices], [batch.g[i] for i in indices], *columns]
+        gathered = [pack.gather(number, tensors) for number, tensors in enumerate(lists)]
+        p, g, *state = [flat for flat, _ in gathered]
+        row = rows[batch.scalars.which[indices[0]]]
+        lengths = torch.tensor(pack.sizes, device=p.device)
+        c = None if factors is None else factors[:, indices].repeat_interleave(lengths, dim=1, output_size=pack.numel)
+        body = self._body(stage, batch, summed=False)
+        parts = -(-pack.numel // self.chunk)
         ranges = zip(*(t.tensor_split(parts) for t in (p, g, *state)), strict=True)
         cs = [None] * parts if c is None else c.tensor_split(parts, dim=1)
         terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
         if out is not None:
-            out[pack] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
-        if not isinstance(stage, Measure):
-            scatter(p, p_list)
+            out[indices] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
+        changed = [0] if not isinstance(stage, Measure) else []
         if isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state):
-            for flat, tensors in zip(state, state_lists, strict=True):
-                scatter(flat, tensors)
+            changed += range(2, len(lists))
+        for number in changed:
+            torch._foreach_copy_(lists[number], gathered[number][1])
 
-    def _body(self, stage: Stage, batch: Batch, summed: bool, numel: int) -> Body:
+    def _body(self, stage: Stage, batch: Batch, summed: bool) -> Body:
         kind = batch.scalars.kind
         dtypes = (batch.p[0].dtype, batch.g[0].dtype, *(s.dtype for s in batch.state[0]))
         key = (stage, batch.prologue, kind, summed, batch.scale is None, dtypes, batch.p[0].device)
@@ -135,10 +134,6 @@ class Compile(TorchBackend):
     """Rules through torch.compile: one fused loop over memory for each stage, on CPU and GPU."""
 
     name, packed, chunk, sum_chunk = "compile", True, 2**40, 2**20
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._eager: dict[int, Callable[..., Any]] = {}
 
     def prepare(self, body: Body) -> Body:
         # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.

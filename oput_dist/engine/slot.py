@@ -19,7 +19,7 @@ class Slot:
     def __init__(self, parameter: torch.Tensor, name: str, layout: Layout, group: int, index: int) -> None:
         self.parameter, self.name, self.layout, self.group, self.index = parameter, name, layout, group, index
         memory = whole_or_local(parameter.detach())
-        self._memory = (memory.data_ptr(), memory.shape, memory.stride(), memory.dtype, memory.device)
+        self._address, self._shape, self._memory_strides = memory.data_ptr(), memory.shape, memory.stride()
         piece = layout.piece(parameter.detach())
         self.numel = piece.numel()
         self.dtype, self.device = piece.dtype, piece.device
@@ -28,12 +28,19 @@ class Slot:
         self.strides = example.stride()
         self.in_place = same_order(piece, self.strides)
         self._flat = flat(piece, self.strides) if self.in_place else None
-        self._state: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._names: tuple[str, ...] = ()
+        self._values: list[torch.Tensor] = []
+        self._views: tuple[torch.Tensor, ...] = ()
 
     def stale(self) -> bool:
         """Whether the parameter's memory, shape, dtype or device changed since the slot was made."""
         memory = whole_or_local(self.parameter)
-        return (memory.data_ptr(), memory.shape, memory.stride(), memory.dtype, memory.device) != self._memory
+        return (
+            memory.data_ptr() != self._address
+            or memory.dtype != self.dtype
+            or memory.shape != self._shape
+            or memory.stride() != self._memory_strides
+        )
 
     def flat_parameter(self) -> torch.Tensor:
         """This rank's piece, 1-d. For a piece that is not dense, a copy: see :meth:`store`."""
@@ -76,22 +83,22 @@ class Slot:
         self, state: MutableMapping[str, Any], names: tuple[str, ...], dtype: torch.dtype | None
     ) -> tuple[torch.Tensor, ...]:
         """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's."""
-        return tuple(self._flat_state(state, name, dtype) for name in names)
+        if names == self._names and all(state.get(n) is v for n, v in zip(names, self._values, strict=True)):
+            return self._views
+        self._views = tuple(self._flat_state(state, name, dtype) for name in names)
+        self._names, self._values = names, [state[name] for name in names]
+        return self._views
 
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        value = state.get(name)
-        if value is None:
-            value = state[name] = self.layout.zeros(dtype or self.dtype)
-        known = self._state.get(name)
-        if known is None or known[0] is not value:
-            view = flat(whole_or_local(value), self.strides)
-            if view.numel() != self.numel:
-                raise ValueError(
-                    f"state {name!r} of {self.name} holds {view.numel()} elements on this rank, "
-                    f"but its piece of the parameter holds {self.numel}"
-                )
-            if view.data_ptr() != whole_or_local(value).data_ptr():  # a copy: state must be updated in place
-                value = state[name] = self.layout.adopt(value)
-                view = flat(whole_or_local(value), self.strides)
-            known = self._state[name] = (value, view)
-        return known[1]
+        if state.get(name) is None:
+            state[name] = self.layout.zeros(dtype or self.dtype)
+        memory = whole_or_local(state[name])
+        if memory.numel() != self.numel:
+            raise ValueError(
+                f"state {name!r} of {self.name} holds {memory.numel()} elements on this rank, "
+                f"but its piece of the parameter holds {self.numel}"
+            )
+        if not same_order(memory, self.strides):  # it is updated in place, so it must lie as the parameter does
+            state[name] = self.layout.adopt(state[name])
+            memory = whole_or_local(state[name])
+        return flat(memory, self.strides)

@@ -25,4 +25,4 @@ def flat(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     if not same_order(tensor, strides):
         ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor if strides == (1,) else tensor.as_strided((tensor.numel(),), (1,))
