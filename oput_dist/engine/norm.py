@@ -11,7 +11,7 @@ from oput_dist.backends import BACKENDS, Batch, Scalars, choose
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.math import square_terms
 from oput_dist.kernels.stage import Measure, Prologue
-from oput_dist.layout import dense_strides, flat, layout_of
+from oput_dist.layout import LayoutError, dense_strides, flat, layout_of
 
 __all__ = ["clip_factor", "clip_grad_norm_", "square_sums"]
 
@@ -83,6 +83,9 @@ def clip_grad_norm_(
 def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tensor:
     """The norm of all gradients together, float64 accumulation, in the widest dtype of the gradients."""
     layouts = [layout_of(parameter) for parameter in parameters]
+    for i, layout in enumerate(layouts):
+        if layout.why_no_sums is not None:
+            raise LayoutError(f"clip_grad_norm_: parameter {i}: {layout.why_no_sums}")
     pieces = {
         i: flat(piece, dense_strides(piece))
         for i, (parameter, layout) in enumerate(zip(parameters, layouts, strict=True))

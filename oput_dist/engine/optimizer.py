@@ -174,7 +174,9 @@ class Optimizer(torch.optim.Optimizer):
     def _current_plan(self) -> Plan:
         if self._plan is None or self._plan.stale():
             group = self._shard_group.group if self._shard_group is not None else None
-            self._plan = Plan.of(self.param_groups, self.state, group)
+            clip = self._options.max_grad_norm is not None
+            sums = [clip or any(self.recipe(g).terms) for g in self.param_groups]
+            self._plan = Plan.of(self.param_groups, self.state, group, sums)
         return self._plan
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -38,8 +38,19 @@ class Plan:
         param_groups: Sequence[dict[str, Any]],
         state: MutableMapping[torch.Tensor, dict[str, Any]],
         shard_group: dist.ProcessGroup | None,
+        sums: Sequence[bool],
     ) -> Plan:
-        """The plan for these groups; adopts the step counters found in ``state``."""
+        """The plan for these groups; adopts the step counters found in ``state``.
+
+        Args:
+            param_groups: the groups.
+            state: the optimizer's state.
+            shard_group: see :func:`layout_of`.
+            sums: for each group, whether its update needs sums over whole parameters.
+
+        Raises:
+            LayoutError: for a parameter that cannot be laid out, or not summed where that is needed.
+        """
         slots: list[Slot] = []
         for number, group in enumerate(param_groups):
             for i, parameter in enumerate(group["params"]):
@@ -48,6 +59,8 @@ class Plan:
                     layout = layout_of(parameter, shard_group)
                 except LayoutError as error:
                     raise LayoutError(f"{name}: {error}") from None
+                if sums[number] and layout.why_no_sums is not None:
+                    raise LayoutError(f"{name}: this optimizer needs norms over whole parameters. {layout.why_no_sums}")
                 slots.append(Slot(parameter, name, layout, number, len(slots)))
         counters = torch.zeros(len(slots), dtype=torch.float32)
         plan = cls(slots, counters, _schedules(slots))

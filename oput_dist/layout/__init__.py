@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from .base import Layout, LayoutError
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
+from .flattened import Flattened, is_flattened
 from .partitioned import Partitioned
 from .plain import Plain
 
@@ -42,6 +43,10 @@ def layout_of(parameter: torch.Tensor, shard_group: dist.ProcessGroup | None = N
                 f"{parameter.placements}; leave shard_group out: its state is laid out like the parameter"
             )
         return layout
+    if is_flattened(parameter):
+        if shard_group is not None:
+            raise LayoutError("shard_group= is for replicated parameters, but FSDP1 shards this one already")
+        return Flattened(parameter)
     return Plain(parameter) if shard_group is None else Partitioned(parameter, shard_group)
 
 

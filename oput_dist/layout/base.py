@@ -23,11 +23,13 @@ class Layout(ABC):
             them gives the sum over the whole parameter, replicas counted once. Empty if every rank holds all of it.
         gather_group: the group over which updated pieces must be exchanged because every rank keeps the whole
             parameter but updates only its piece; None otherwise.
+        why_no_sums: why sums over the whole parameter cannot be taken here, and what to do; None if they can.
     """
 
     shape: torch.Size
     groups: tuple[dist.ProcessGroup, ...] = ()
     gather_group: dist.ProcessGroup | None = None
+    why_no_sums: str | None = None
 
     @abstractmethod
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,23 @@
+"""Parameters that FSDP1 flattened: their pieces are known, their shapes and neighbours are not."""
+
+from __future__ import annotations
+
+import torch
+
+from .plain import Plain
+
+__all__ = ["Flattened", "is_flattened"]
+
+
+def is_flattened(parameter: torch.Tensor) -> bool:
+    """Whether FSDP1 (``FullyShardedDataParallel``) made this parameter, with ``use_orig_params`` or without."""
+    return bool(getattr(parameter, "_fsdp_flattened", False)) or type(parameter).__name__ == "FlatParameter"
+
+
+class Flattened(Plain):
+    """A range of a flat parameter: enough for elementwise updates, which need nothing of the rest."""
+
+    why_no_sums = (
+        "FSDP1 flattens it, so its shape and the ranks that hold the rest are not known here; "
+        "wrap the model with torch.distributed.fsdp.fully_shard (FSDP2), or take an elementwise optimizer"
+    )
