@@ -72,15 +72,39 @@ class Zero1(Plain):
     name, worlds = "zero1", (1, 2, 3, 4)
 
     def __init__(self) -> None:
-        self.options = {"shard_group": dist.group.WORLD}
+        self.group = dist.group.WORLD
+        self.options = {"shard_group": self.group}
 
     def piece(self, p: Tensor, values: Tensor) -> Tensor:
-        rows = values.chunk(dist.get_world_size()) if values.ndim else (values,) * dist.get_world_size()
-        return rows[dist.get_rank()] if dist.get_rank() < len(rows) else values[:0]
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        rows = values.chunk(ranks) if values.ndim else (values,) * ranks
+        return rows[rank] if rank < len(rows) else values[:0]
 
     def alike(self, p: Tensor, state: Tensor) -> bool:
         placement = Shard(0) if p.ndim else Replicate()
         return isinstance(state, DTensor) and (state.shape, state.placements) == (p.shape, (placement,))
+
+
+class Zero1Pairs(Zero1):
+    """Two groups of two, each partitioning state over its own ranks only."""
+
+    name, worlds = "zero1-pairs", (4,)
+
+    def __init__(self) -> None:
+        self.group, _ = dist.new_subgroups(2)
+        self.options = {"shard_group": self.group}
+
+
+class Zero1Strided(Zero1):
+    """Parameters that lie transposed or channels-last in memory."""
+
+    name, worlds = "zero1-strided", (3,)
+
+    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: torch.nn.Parameter(value.mT.contiguous().mT if value.ndim > 1 else value.clone())
+            for name, value in values.items()
+        }
 
 
 class Distributed(Layout):
@@ -200,6 +224,6 @@ class Hsdp2(Fsdp2):
 
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.name: layout for layout in (Plain, Rows, Columns, Hsdp, Grid, Zero1, Fsdp2, Hsdp2)
+    layout.name: layout for layout in (Plain, Rows, Columns, Hsdp, Grid, Zero1, Zero1Pairs, Zero1Strided, Fsdp2, Hsdp2)
 }
 WORLDS = [(name, n) for name, layout in LAYOUTS.items() for n in layout.worlds]
