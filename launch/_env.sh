@@ -1,8 +1,9 @@
 # Sourced by demo.sh and test.sh: goes to the checkout's root and offers `prepare EXTRA`, which leaves a working .venv
-# with that extra of the package installed. It does nothing, and needs no network, when that is already so.
+# with that extra of the package installed. It does nothing, and needs no network, when that is already so, or when
+# OPUT_PYTHON names a Python to use as it is.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PY=.venv/bin/python
+PY=${OPUT_PYTHON:-.venv/bin/python}
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -54,6 +55,9 @@ installed() { # $1: an extra; true if the stamp of its last installation is stil
 }
 
 prepare() { # $1: train or dev; dev includes train
+    if [ -n "${OPUT_PYTHON:-}" ]; then
+        return
+    fi
     make_venv
     if installed "$1" || installed dev; then
         return

@@ -8,5 +8,5 @@ prepare train
 out=runs/demo
 rm -rf "$out"
 OMP_NUM_THREADS=1 $PY -m torch.distributed.run --standalone --nproc-per-node 2 launch/train.py \
-    --optimizer lamb --lr 0.02 --parallel fsdp2 --steps 150 --schedule cosine --warmup 10 \
-    --eval-every 25 --checkpoint "$out/checkpoint" --checkpoint-every 50 --out "$out" "$@"
+    --optimizer lamb --lr 0.02 --parallel fsdp2 --steps 300 --batch-size 16 --schedule cosine --warmup 20 \
+    --eval-every 50 --checkpoint "$out/checkpoint" --checkpoint-every 100 --out "$out" "$@"

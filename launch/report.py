@@ -53,7 +53,6 @@ class Report:
         self, out: Path, kept: int, steps: int, step_tokens: int, clock: Clock, state_bytes: Callable[[], int]
     ):
         """Keeps the rows of an earlier run up to step `kept`; -1 keeps none."""
-        out.mkdir(parents=True, exist_ok=True)
         self.out, self.steps, self.step_tokens, self.clock, self.state_bytes = (
             out,
             steps,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,8 @@ def start(options: Options, world: World) -> tuple[Trainer, int]:
     if options.checkpoint is None:
         return trainer, 0
     with together(world):
+        if world.rank == 0:
+            make_folder("--checkpoint", options.checkpoint)
         found = checkpoint.newest(options.checkpoint)
         if found and not options.resume:
             raise UsageError(f"{found.path} exists; continue it with --resume or give another --checkpoint folder")
@@ -200,13 +203,21 @@ def due(step: int, every: int, steps: int) -> bool:
 
 def open_report(trainer: Trainer, first: int) -> Report:
     options = trainer.options
+    make_folder("--out", options.out)
     tokens = options.batch_size * options.context
+    return Report(
+        options.out, first or -1, options.steps, tokens, trainer.clock, lambda: oput.state_bytes(trainer.optimizer)
+    )
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    """Make sure, before any work, that results can be written into `folder`."""
     try:
-        return Report(
-            options.out, first or -1, options.steps, tokens, trainer.clock, lambda: oput.state_bytes(trainer.optimizer)
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as e:
-        raise UsageError(f"--out {options.out} cannot be written ({e.strerror})") from e
+        raise UsageError(f"{flag} {folder} cannot be written ({e.strerror}); give a folder that can") from e
 
 
 def finish(report: Report, options: Options) -> None:
