@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -71,11 +72,17 @@ def choose(allowed: Sequence[str], device: torch.device, numel: int) -> Backend:
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile can build CPU code here: needs a C++ compiler."""
-    from torch._inductor import cpp_builder, exc
-
+    """Whether torch.compile can build CPU code here, by trying: it needs a C++ compiler that works."""
     try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError, OSError):
+        torch.compile(_probe, dynamic=True)(torch.ones(3))
+    except Exception as error:  # whatever its many parts raise, the other backends remain
+        warnings.warn(
+            f"torch.compile does not work on this machine, so backend='foreach' is used on the CPU: {error}",
+            stacklevel=2,
+        )
         return False
     return True
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x + 1

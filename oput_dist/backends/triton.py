@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,4 +102,4 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _on(device: torch.device) -> Any:
     """Launch on the device of the tensors, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from oput_dist.kernels.stage import Decay, Measure, Prologue, Stage
 
 __all__ = ["Group", "Recipe", "decay_rate", "decay_scalar", "prologue_of"]
@@ -32,6 +34,13 @@ class Recipe:
     def terms(self) -> tuple[int, ...]:
         """For each stage, how many sums of it must be known before the next one."""
         return tuple(stage.terms if isinstance(stage, Measure) else 0 for stage in self.stages)
+
+
+def as_scalar(value: Any) -> Any:
+    """A hyperparameter as a float; as a 0-d float64 tensor where it lives on a GPU, since reading it would wait."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return float(value) if value.device.type == "cpu" else value.detach().double().reshape(())
 
 
 def decay_rate(group: Group) -> Any:

@@ -14,7 +14,7 @@ from oput_dist.kernels.stage import Prologue, Stage
 
 from .norm import clip_factor, square_sums
 from .plan import Plan
-from .recipe import Group, Recipe, decay_scalar, prologue_of
+from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .slot import Slot
 
 __all__ = ["Options", "Step"]
@@ -63,8 +63,9 @@ class Step:
         scalars: Callable[[Group, int], Any],
         options: Options,
     ) -> None:
-        self._plan, self._groups, self._state, self._options = plan, groups, state, options
-        self._recipes = [recipe(group) for group in groups]
+        self._plan, self._state, self._options = plan, state, options
+        self._groups = [{**group, "lr": as_scalar(group["lr"])} for group in groups]
+        self._recipes = [recipe(group) for group in self._groups]
         self._scalars = scalars
 
     def run(self) -> None:
@@ -93,9 +94,7 @@ class Step:
         would go on with another bias correction. So a first step at lr 0 counts only where a gradient is not zero;
         all ranks see the same lr and state, hence take part in the one reduction that this takes.
         """
-        if self._state or any(isinstance(g["lr"], torch.Tensor) and g["lr"].is_cuda for g in self._groups):
-            return gradients
-        if any(float(group["lr"]) != 0 for group in self._groups):
+        if self._state or any(group["lr"] != 0 for group in self._groups):
             return gradients
         for slot in self._plan.slots:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
