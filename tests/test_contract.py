@@ -342,7 +342,9 @@ def test_parameters_may_move(name: str) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_continue_alike_and_apart(name: str, how: str) -> None:
     params = parameters()
-    optimizer = make(name, params)
+    optimizer = make(
+        name, params, max_grad_norm=0.5, maximize=True, state_dtype=torch.float64
+    )  # settings are copied too
     walk(optimizer, params, range(3))
     pair = (optimizer, params)
     other, others = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))

@@ -92,6 +92,25 @@ def test_zero1_adds_one_gather_of_the_updated_parameters(pool: Pool) -> None:
     assert pool.run(3, count_steps, "zero1", names, {}) == [wanted] * 3
 
 
+def count_with_an_idle_rank(layout: str) -> dict[str, list[dict[str, int]]]:
+    """Rank 1 has no gradient at all, from the first step on; it must still take part in every collective."""
+    counted = {}
+    for name in ("adamw", "lamb", "stableadamw"):
+        optimizer = trained(layout, name)
+        if dist.get_rank() == 1:
+            optimizer.zero_grad()
+        counted[name] = [collectives(optimizer.step) for _ in range(2)]
+    return counted
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "zero1"])
+def test_an_idle_rank_takes_part_in_every_collective(pool: Pool, layout: str) -> None:
+    gather = {"_allgather_base_": 1} if layout == "zero1" else {}
+    norms = {"allreduce_": 1}
+    wanted = {"adamw": [gather] * 2, "lamb": [gather | norms] * 2, "stableadamw": [gather | norms] * 2}
+    assert pool.run(2, count_with_an_idle_rank, layout) == [wanted] * 2
+
+
 def measure_state(layout: str, names: list[str]) -> dict[str, tuple[int, int, int, int]]:
     """For each optimizer: state_bytes, the same from the tensors, that of one plain process, the largest allowed."""
     measured = {}
