@@ -5,7 +5,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
 check_compiler "the tests of compiled code need one (on Debian and Ubuntu the package g++)" || exit 2
 prepare dev
-$PY -m ruff check .
-$PY -m ruff format --check .
-$PY -m mypy
-exec $PY -m pytest "$@"
+status=0 # what fails first does not hide what fails later
+$PY -m ruff check . || status=1
+$PY -m ruff format --check . || status=1
+$PY -m mypy || status=1
+$PY -m pytest "$@" || status=1
+exit $status
