@@ -1,1 +1,1 @@
-"""What the optimizers cost, and whether every GPU path is right: ``python -m benchmarks.step``, ``python -m benchmarks.gpu``."""
+"""What steps cost, and whether every GPU path is right: ``python -m benchmarks.step`` and ``benchmarks.gpu``."""

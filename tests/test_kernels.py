@@ -1,0 +1,109 @@
+"""The Triton kernels, interpreted, compute what the eager backend does. On a GPU the same checks are benchmarks.gpu."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import checks
+from benchmarks.checks import Result, Setup
+from benchmarks.variants import MAX_NORM, Variant, variants
+from oput_dist.backends import interpreting
+
+CPU = torch.device("cpu")
+CLIPPED = {"weight_decay": 0.1, "maximize": True, "max_grad_norm": MAX_NORM}
+EVERY_RULE = [
+    Variant("sgd", CLIPPED),
+    Variant("sgd", {"momentum": 0.9}),
+    Variant("sgd", {"momentum": 0.9, "nesterov": True}),
+    Variant("adam", {"amsgrad": True}),
+    Variant("adamw"),
+    Variant("adan"),
+    Variant("lion"),
+    Variant("lamb", CLIPPED),
+    Variant("stableadamw"),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    """Processes in which Triton interprets: it must be told so before the kernels are imported."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            assert all(pool.map(one_thread, range(2)))
+            yield pool
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def one_thread(_: int) -> bool:
+    torch.set_num_threads(1)
+    return interpreting()
+
+
+def run(pool: Executor, check: Callable[..., Result], *cases: tuple[Any, ...]) -> None:
+    """``check`` of every case, all to the end; fails with a line for each that is wrong."""
+    waiting = [(case, pool.submit(check, *case)) for case in cases]
+    results = [(case, future.result()) for case, future in waiting]
+    wrong = [f"{result} for {case}" for case, result in results if not result.ok]
+    assert results
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_variant_as_eager(interpreter: Executor) -> None:
+    run(interpreter, checks.same_as_eager, *((variant, Setup(CPU)) for variant in variants()))
+
+
+def test_fp64(interpreter: Executor) -> None:
+    cases = (Variant("adan"), Variant("lamb", CLIPPED), Variant("stableadamw"), Variant("sgd", {"momentum": 0.9}))
+    run(interpreter, checks.same_as_eager, *((variant, Setup(CPU, torch.float64)) for variant in cases))
+
+
+def test_every_rule_in_bf16(interpreter: Executor) -> None:
+    run(interpreter, checks.accuracy, *((variant, Setup(CPU, torch.bfloat16)) for variant in EVERY_RULE))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float16, None), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+)
+def test_other_dtypes(interpreter: Executor, dtype: torch.dtype, state_dtype: torch.dtype | None) -> None:
+    setup = Setup(CPU, dtype, state_dtype)
+    run(interpreter, checks.accuracy, *((variant, setup) for variant in (Variant("adamw"), Variant("lamb", CLIPPED))))
+
+
+def test_tensor_lr(interpreter: Executor) -> None:
+    run(interpreter, checks.tensor_lr, *((variant, Setup(CPU), CPU) for variant in (Variant("lion"), Variant("lamb"))))
+
+
+def test_many_tensors(interpreter: Executor) -> None:
+    run(interpreter, checks.many_tensors, (Variant("lamb"), Setup(CPU), 100))
+
+
+def test_repeatable(interpreter: Executor) -> None:
+    run(interpreter, checks.repeatable, (Variant("lamb", CLIPPED), Setup(CPU), 3_000, 5))
+
+
+def test_sums(interpreter: Executor) -> None:
+    run(interpreter, checks.exact_sums, (Setup(CPU), 100_000), (Setup(CPU, torch.float64), 20_000))
+    run(interpreter, checks.segments, (Setup(CPU), 5_000))
+
+
+def test_the_checks_can_fail(interpreter: Executor) -> None:
+    """An update that is off by a millionth of a parameter, and a sum without its last element, are wrong."""
+    before = [{"p": torch.ones(3, dtype=torch.float64)}]
+    right = [{"p": torch.full((3,), 0.9, dtype=torch.float64)}]
+    off = [{"p": right[0]["p"] + torch.tensor([0.0, 1e-6, 0.0])}]
+    assert checks.worst(Setup(CPU), Variant("adamw"), before, right, right) == 0
+    assert checks.worst(Setup(CPU), Variant("adamw"), before, off, right) > 1
+    assert not Result(float("nan")).ok
