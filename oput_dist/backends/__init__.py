@@ -13,9 +13,21 @@ from oput_dist.kernels.language import HAS_TRITON
 
 from .batch import Backend, Batch, Row, Scalars, compute_dtype
 from .torchlike import Compile, Eager, Foreach
+from .transfer import send
 from .triton import Triton
 
-__all__ = ["BACKENDS", "Backend", "Batch", "Row", "Scalars", "backend", "check_backend", "choose", "compute_dtype"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Batch",
+    "Row",
+    "Scalars",
+    "backend",
+    "check_backend",
+    "choose",
+    "compute_dtype",
+    "send",
+]
 
 BACKENDS = ("triton", "compile", "foreach", "eager")
 """All backends, the fastest first."""

@@ -11,6 +11,8 @@ import torch
 
 from oput_dist.kernels.stage import Prologue, Stage
 
+from .transfer import send
+
 __all__ = ["Backend", "Batch", "Scalars", "compute_dtype"]
 
 Row = tuple[Any, ...]
@@ -38,11 +40,7 @@ class Scalars:
     def distinct(self) -> torch.Tensor:
         """The distinct rows, float64, on the device; sent without waiting for it."""
         floats = [[0.0 if isinstance(x, torch.Tensor) else float(x) for x in row] for row in self.rows]
-        table = torch.tensor(floats, dtype=torch.float64)
-        if self.device.type == "cuda":
-            table = table.pin_memory().to(self.device, non_blocking=True)
-        else:
-            table = table.to(self.device)
+        table = send(torch.tensor(floats, dtype=torch.float64), self.device)
         for i, row in enumerate(self.rows):
             for j, value in enumerate(row):
                 if isinstance(value, torch.Tensor):
@@ -52,8 +50,7 @@ class Scalars:
     @cached_property
     def index(self) -> torch.Tensor:
         """:attr:`which` on the device."""
-        index = torch.tensor(self.which, dtype=torch.int64)
-        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
+        return send(torch.tensor(self.which, dtype=torch.int64), self.device)
 
     @cached_property
     def table(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ from oput_dist.kernels.stage import Apply, Measure, Prologue, Stage, Update
 from .batch import Batch, compute_dtype
 from .body import Body, body_of, factors_of
 from .packing import Pack, packs, segment_sums
+from .transfer import send
 
 __all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
 
@@ -90,15 +91,16 @@ class TorchBackend:
         gathered = [pack.gather(number, tensors) for number, tensors in enumerate(lists)]
         p, g, *state = [flat for flat, _ in gathered]
         row = rows[batch.scalars.which[indices[0]]]
-        lengths = torch.tensor(pack.sizes, device=p.device)
-        c = None if factors is None else factors[:, indices].repeat_interleave(lengths, dim=1, output_size=pack.numel)
+        lengths = send(torch.tensor(pack.sizes), p.device)
+        index = send(torch.tensor(indices), p.device)
+        c = None if factors is None else factors[:, index].repeat_interleave(lengths, dim=1, output_size=pack.numel)
         body = self._body(stage, batch, summed=False)
         parts = -(-pack.numel // self.chunk)
         ranges = zip(*(t.tensor_split(parts) for t in (p, g, *state)), strict=True)
         cs = [None] * parts if c is None else c.tensor_split(parts, dim=1)
         terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
         if out is not None:
-            out[indices] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
+            out[index] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
         changed = [0] if not isinstance(stage, Measure) else []
         if isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state):
             changed += range(2, len(lists))

@@ -12,6 +12,7 @@ from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, seg
 from oput_dist.kernels.stage import Apply, Measure, Stage
 
 from .batch import Batch
+from .transfer import send
 
 __all__ = ["Triton"]
 
@@ -75,7 +76,7 @@ def _grid(batch: Batch, device: torch.device) -> _Grid:
         tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
         place = torch.arange(int(first[-1])) - first[tensor]
         tiles = torch.stack([tensor, place], 1).to(torch.int32)
-        batch.cache["grid"] = _Grid(_send(tiles, device), _send(first.to(torch.int32), device), int(first[-1]))
+        batch.cache["grid"] = _Grid(send(tiles, device), send(first.to(torch.int32), device), int(first[-1]))
     grid: _Grid = batch.cache["grid"]
     return grid
 
@@ -86,18 +87,13 @@ def _table(batch: Batch, device: torch.device) -> torch.Tensor:
         (p.numel(), p.data_ptr(), g.data_ptr(), *(s.data_ptr() for s in state))
         for p, g, state in zip(batch.p, batch.g, batch.state, strict=True)
     ]
-    if batch.cache.get("rows") != rows:
-        batch.cache["rows"] = rows
+    if batch.cache.get("pointers") != rows:
+        batch.cache["pointers"] = rows
         # Kernels use 128-bit accesses where all pointers of a tensor allow it.
         values = [(row[0], int(all(pointer % 16 == 0 for pointer in row[1:])), *row[1:]) for row in rows]
-        batch.cache["table"] = _send(torch.tensor(values, dtype=torch.int64), device)
+        batch.cache["table"] = send(torch.tensor(values, dtype=torch.int64), device)
     table: torch.Tensor = batch.cache["table"]
     return table
-
-
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Host to device without waiting; pinned memory is not reused before the copy is done."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _on(device: torch.device) -> Any:

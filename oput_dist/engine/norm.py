@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from oput_dist.backends import BACKENDS, Batch, Scalars, choose
+from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.math import square_terms
 from oput_dist.kernels.stage import Measure, Prologue
@@ -98,7 +98,7 @@ def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tenso
         for dtype in {piece.dtype for piece in pieces.values()}:
             rows = [i for i, piece in pieces.items() if piece.device == device and piece.dtype == dtype]
             if rows:
-                table[rows] = _powers([pieces[i] for i in rows], order)
+                table[send(torch.tensor(rows), device)] = _powers([pieces[i] for i in rows], order)
         schedule = Schedule.of(
             [x.groups if p.device == device else () for x, p in zip(layouts, parameters, strict=True)], device
         )

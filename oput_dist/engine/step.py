@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oput_dist.backends import BACKENDS, Batch, Scalars, choose
+from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import gather_pieces, packed_sum
 from oput_dist.kernels.stage import Prologue, Stage
 
@@ -38,8 +38,15 @@ class _Bucket:
     slots: list[Slot]
     recipe: Recipe
     batch: Batch
-    index: torch.Tensor | None
-    """Rows of the slots in the table of sums; None for all rows in order."""
+    rows: torch.Tensor | None
+    """Rows of the slots in the table of sums, on the device; None for all rows in order."""
+    counts: torch.Tensor
+    """Elements of each slot's piece, ``[slots, 1]``, float64, on the device."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of all pieces."""
+        return sum(slot.numel for slot in self.slots)
 
 
 class Step:
@@ -156,8 +163,12 @@ class Step:
             scale=scale,
             cache=self._plan.cache((recipe, prologue, tuple(indices))),
         )
-        whole = indices == list(range(len(self._plan.slots)))
-        return _Bucket(slots, recipe, batch, None if whole else torch.tensor(indices, device=device))
+        if "table_rows" not in batch.cache:
+            whole = indices == list(range(len(self._plan.slots)))
+            batch.cache["table_rows"] = None if whole else send(torch.tensor(indices), device)
+            counts = torch.tensor([slot.numel for slot in slots], dtype=torch.float64)
+            batch.cache["table_counts"] = send(counts.unsqueeze(1), device)
+        return _Bucket(slots, recipe, batch, batch.cache["table_rows"], batch.cache["table_counts"])
 
     def _run_stages(self, buckets: Sequence[_Bucket]) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
@@ -181,17 +192,15 @@ class Step:
     ) -> None:
         batch = bucket.batch
         device = batch.p[0].device
-        numels = [p.numel() for p in batch.p]
         table = before.get(device)
-        sums = table if table is None or bucket.index is None else table[bucket.index]
-        result = choose(self._options.backends, device, sum(numels)).run(stage, batch, sums)
+        sums = table if table is None or bucket.rows is None else table[bucket.rows]
+        result = choose(self._options.backends, device, bucket.numel).run(stage, batch, sums)
         if result is not None:
-            count = torch.tensor(numels, dtype=torch.float64).to(device, non_blocking=True).unsqueeze(1)
-            rows = torch.cat([result, count], 1)
-            if bucket.index is None:
-                after[device].copy_(rows)
+            values = torch.cat([result, bucket.counts], 1)
+            if bucket.rows is None:
+                after[device].copy_(values)
             else:
-                after[device][bucket.index] = rows
+                after[device][bucket.rows] = values
 
     def _tables(self, width: int) -> dict[torch.device, torch.Tensor]:
         """Zeros for the sums of all parameters, on each device: a piece without gradient adds nothing."""
@@ -209,9 +218,8 @@ class Step:
         for slot, gradient in active:
             sorted_slots.setdefault((gradient.dtype, slot.device), []).append((slot, gradient))
         for (_, device), members in sorted_slots.items():
-            tables[device][[slot.index for slot, _ in members]] = square_sums(
-                [g for _, g in members], self._options.backends
-            )
+            rows = send(torch.tensor([slot.index for slot, _ in members]), device)
+            tables[device][rows] = square_sums([g for _, g in members], self._options.backends)
         self._reduce(tables)
         home = next(iter(tables))
         total = torch.stack([table.sum().to(home, non_blocking=True) for table in tables.values()]).sum()
