@@ -168,6 +168,26 @@ class Grid(Distributed):
         return [Shard(0) if shape else Replicate(), Shard(1) if len(shape) > 1 else Replicate()]
 
 
+class Mixture(Distributed):
+    """Several meshes in one optimizer, as FSDP2 with tensor parallelism has them."""
+
+    name, worlds = "mixture", (4,)
+
+    def __init__(self) -> None:
+        self.line = init_device_mesh("cpu", (4,))
+        self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+
+    def cut(self, values: Tensor) -> DTensor:
+        mesh, placements = [
+            (self.square["data"], [Replicate()]),
+            (self.line, [Shard(0)]),
+            (self.square, [Shard(0), Shard(1)]),
+            (self.square, [Shard(1), Replicate()]),
+            (self.square["model"], [Shard(2)]),
+        ][values.ndim]
+        return distribute_tensor(values, mesh, placements, src_data_rank=None)
+
+
 class Weights(torch.nn.Module):
     """Holds parameters; its loss is the sum of each parameter times a constant, which is then its gradient."""
 
@@ -224,6 +244,7 @@ class Hsdp2(Fsdp2):
 
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.name: layout for layout in (Plain, Rows, Columns, Hsdp, Grid, Zero1, Zero1Pairs, Zero1Strided, Fsdp2, Hsdp2)
+    layout.name: layout
+    for layout in (Plain, Rows, Columns, Hsdp, Grid, Mixture, Zero1, Zero1Pairs, Zero1Strided, Fsdp2, Hsdp2)
 }
 WORLDS = [(name, n) for name, layout in LAYOUTS.items() for n in layout.worlds]

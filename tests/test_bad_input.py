@@ -137,7 +137,7 @@ def test_a_misspelt_option_of_a_group_is_noticed() -> None:
 
 # ---------------------------------------------------------------------------------------------------- at the step
 
-SPARSE = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 4), (3, 4))
+SPARSE = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 4), (3, 4), check_invariants=True)
 GRADIENTS: list[tuple[str, Callable[[], Tensor], type[Exception], str]] = [
     ("sparse", lambda: SPARSE, TypeError, "sparse"),
     ("complex", lambda: torch.zeros(3, 4, dtype=torch.complex64), TypeError, "complex"),

@@ -120,6 +120,7 @@ def label(row: Any) -> str:
     return f"{ours.__name__}-{oracle.__module__.split('.')[0]}-{'-'.join(options)}"
 
 
+@pytest.mark.filterwarnings("ignore:You are using weight_decay")
 @pytest.mark.parametrize(("ours", "options", "oracle", "more"), ORACLES, ids=map(label, ORACLES))
 def test_equals_another_library(ours: Any, options: dict[str, Any], oracle: Any, more: dict[str, Any]) -> None:
     second = {**SECOND, "weight_decay": 2e-3} if "decouple_lr" in options else SECOND
