@@ -72,6 +72,7 @@ def test_exception_names_the_rank_and_keeps_its_traceback(pool: Pool) -> None:
     with pytest.raises(RankError, match="planted on rank 1") as error:
         pool.run(3, raise_on, 1)
     assert "raise_on" in error.value.failures[1]
+    assert error.value.failures[0] == "still waiting when another rank failed"
     assert pool.run(3, whoami)[2] == (2, 3, 6, 1)
 
 
