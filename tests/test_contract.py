@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,50 +12,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 import oput_dist as oput
-
-NAMES = oput.available()
-NORMS = ("lamb", "stableadamw")  # these sum norms, in an order that depends on the backend
-SHAPES = [(3, 4), (5,), (), (2, 3, 1, 2)]
-every_optimizer = pytest.mark.parametrize("name", NAMES)
-Make = Callable[..., torch.optim.Optimizer]
-
-
-def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(value) for value in tensors(0, dtype)]
-
-
-def make(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    """The optimizer with all its state in use."""
-    extra = {"momentum": 0.9} if name == "sgd" else {}
-    return oput.create(name, params, **{"lr": 0.05, "weight_decay": 0.1, **extra, **options})
-
-
-def walk(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> list[Tensor]:
-    """Steps with gradients that depend on the step alone; returns what the parameters are then."""
-    for step in steps:
-        for p, g in zip(params, tensors(100 + step, params[0].dtype), strict=True):
-            p.grad = g
-        optimizer.step()
-    return [p.detach().clone() for p in params]
-
-
-def trajectory(name: str, steps: int = 6, **options: Any) -> list[Tensor]:
-    params = parameters()
-    return walk(make(name, params, **options), params, range(steps))
-
-
-def largest_difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    return max((f - w).abs().max().item() for f, w in zip(found, wanted, strict=True))
-
-
-def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
-    return all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
-
+from tests.toy import (
+    NAMES,
+    NORMS,
+    every_optimizer,
+    largest_difference,
+    make,
+    parameters,
+    same,
+    tensors,
+    trajectory,
+    walk,
+)
 
 # ------------------------------------------------------------------------------------------------- calling step()
 
@@ -333,80 +299,6 @@ def test_parameters_may_move(name: str) -> None:
     found = walk(optimizer, params, range(3, 6))
     assert same(found, trajectory(name))
     assert same(old, kept)
-
-
-# ------------------------------------------------------------------------------------------------------- copies
-
-
-@every_optimizer
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_continue_alike_and_apart(name: str, how: str) -> None:
-    params = parameters()
-    optimizer = make(
-        name, params, max_grad_norm=0.5, maximize=True, state_dtype=torch.float64
-    )  # settings are copied too
-    walk(optimizer, params, range(3))
-    pair = (optimizer, params)
-    other, others = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
-    wanted = walk(optimizer, params, range(3, 6))
-    assert not same(others, wanted)
-    assert same(walk(other, others, range(3, 6)), wanted)
-    assert same(wanted, params)
-
-
-@every_optimizer
-def test_state_dict_round_trip_continues_bitwise(name: str) -> None:
-    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"state_dtype": torch.float32}), (torch.bfloat16, {})):
-        params = parameters(dtype)
-        optimizer = make(name, params, **options)
-        walk(optimizer, params, range(3))
-        file = io.BytesIO()
-        torch.save({"optimizer": optimizer.state_dict(), "params": params}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        fresh = [nn.Parameter(p.detach().clone()) for p in saved["params"]]
-        loaded = make(name, fresh, lr=9.0, **options)
-        loaded.load_state_dict(saved["optimizer"])
-        for p, q in zip(params, fresh, strict=True):
-            assert {k: v.dtype for k, v in loaded.state[q].items()} == {
-                k: v.dtype for k, v in optimizer.state[p].items()
-            }
-        assert same(walk(loaded, fresh, range(3, 6)), walk(optimizer, params, range(3, 6)))
-
-
-@every_optimizer
-def test_state_of_bf16_parameters_may_be_fp32(name: str) -> None:
-    params = parameters(torch.bfloat16)
-    optimizer = make(name, params, state_dtype=torch.float32)
-    walk(optimizer, params, range(1))
-    assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
-
-
-TORCH = [("adamw", torch.optim.AdamW, {}), ("adam", torch.optim.Adam, {"amsgrad": True})]
-
-
-@pytest.mark.parametrize(("name", "theirs", "options"), TORCH, ids=[row[0] for row in TORCH])
-@pytest.mark.parametrize("direction", ["from torch", "to torch"])
-def test_state_dicts_are_torchs(name: str, theirs: Any, options: dict[str, Any], direction: str) -> None:
-    """A run that changes from torch's class to ours or back half-way gives what torch alone gives."""
-    settings = {"lr": 0.05, "weight_decay": 0.1, **options}
-    params, alone = parameters(torch.float64), parameters(torch.float64)
-    wanted = walk(theirs(alone, **settings), alone, range(6))
-    first, second = (theirs, getattr(oput, theirs.__name__))[:: 1 if direction == "from torch" else -1]
-    before = first(params, **settings)
-    walk(before, params, range(3))
-    after = second(params, **{**settings, "lr": 9.0})
-    after.load_state_dict(before.state_dict())
-    found = walk(after, params, range(3, 6))
-    assert largest_difference(found, wanted) <= 2e-15
-
-
-@every_optimizer
-def test_an_early_state_dict_changes_nothing(name: str) -> None:
-    params = parameters()
-    optimizer = make(name, params)
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert same(walk(optimizer, params, range(6)), trajectory(name))
 
 
 def test_names_and_creation() -> None:
