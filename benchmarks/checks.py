@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from oput_dist.backends import Batch, Scalars, backend
 from oput_dist.kernels.grouped import BLOCK, grouped, segmented_sum
@@ -95,12 +96,15 @@ def groups(params: Sequence[torch.Tensor], lr: float) -> list[dict[str, Any]]:
 Snapshot = list[dict[str, torch.Tensor]]
 
 
+def whole(tensor: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A plain copy on the CPU."""
+    plain = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return plain.detach().to("cpu", dtype, copy=True)
+
+
 def snapshot(optimizer: torch.optim.Optimizer, params: Sequence[torch.Tensor]) -> Snapshot:
     """Parameters and state, float64 on the CPU."""
-    return [
-        {k: v.detach().to("cpu", torch.float64, copy=True) for k, v in {"p": p, **optimizer.state[p]}.items()}
-        for p in params
-    ]
+    return [{k: whole(v) for k, v in {"p": p, **optimizer.state[p]}.items()} for p in params]
 
 
 def reference_step(
@@ -110,7 +114,7 @@ def reference_step(
     copies = [values["p"].to(dtype, copy=True).requires_grad_() for values in before]
     optimizer = variant.build(groups(copies, lr), backend="eager", lr=lr)
     for p, copy, values in zip(params, copies, before, strict=True):
-        copy.grad = None if p.grad is None else p.grad.detach().to("cpu", dtype)
+        copy.grad = None if p.grad is None else whole(p.grad, dtype)
         state = {k: v.to(dtype, copy=True) for k, v in values.items() if k != "p"}
         if state:
             optimizer.state[copy] = {**state, "step": state["step"].float()}

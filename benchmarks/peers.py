@@ -22,7 +22,7 @@ PEERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # library -> ours -
         "sgd": ("SGD", {}),
         "lion": ("Lion", {}),
         "adan": ("Adan", {}),
-        "stableadamw": ("StableAdamW", {}),
+        "stableadamw": ("StableAdamW", {} if torch.cuda.is_available() else {"triton": False}),
     },
     "pytorch_optimizer": {
         "adamw": ("AdamW", {}),
@@ -51,7 +51,7 @@ class Candidate:
         return f"{self.optimizer} {self.by}"
 
 
-def candidates(optimizers: Sequence[str], device: torch.device, backends: Sequence[str | None]) -> list[Candidate]:
+def candidates(optimizers: Sequence[str], backends: Sequence[str | None], libraries: bool = True) -> list[Candidate]:
     """Everything that can be timed here; a line is printed for each library that cannot."""
     found = []
     for name in optimizers:
@@ -59,7 +59,7 @@ def candidates(optimizers: Sequence[str], device: torch.device, backends: Sequen
             found.append(Candidate(name, f"oput {backend or 'default'}", _ours(name, backend)))
         for mode in ("loop", "foreach", "fused") if name in TORCH else ():
             found.append(Candidate(name, f"torch {mode}", _torch(name, mode)))
-    for library, classes in PEERS.items():
+    for library, classes in PEERS.items() if libraries else ():
         try:
             module = importlib.import_module(library)
         except Exception as error:  # a broken dependency raises anything

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,3 +36,14 @@ def test_minimum_traffic() -> None:
     """Bytes per fp32 parameter, as the literature counts them: what the accesses above add up to."""
     wanted = {"lion": 20, "adamw": 28, "adam": 28, "adan": 44, "stableadamw": 36, "lamb": 40, "sgd": 12}
     assert {name: bytes_per_element(name) for name in wanted} == wanted
+
+
+def test_command_without_gpu(rows: list[Row]) -> None:
+    """``python -m benchmarks.gpu`` says that there is no GPU, compiles everything (here from the cache), exits 0."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no NVIDIA GPU here")
+    assert f"all {len(rows)} programs: every access 128 bits wide, nothing spilled" in done.stdout

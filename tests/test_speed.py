@@ -1,0 +1,30 @@
+"""A guard against lost speed: ratios within one run, with margins wide enough for a busy machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.peers import Candidate, candidates
+from benchmarks.timing import even, measure, ratio
+
+CPU = torch.device("cpu")
+
+
+def pick(names: tuple[str, str]) -> list[Candidate]:
+    found = {c.name: c for c in candidates(["adamw", "lamb"], [None, "compile"], libraries=False)}
+    return [found[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("elements", "tensors", "names", "limit"),
+    [
+        (4_000_000, 1, ("adamw oput compile", "adamw torch fused"), 2.0),
+        (4_000_000, 1, ("lamb oput compile", "adamw torch fused"), 2.0 * 40 / 28),
+        (1_000_000, 1_000, ("adamw oput default", "adamw torch foreach"), 2.0),
+    ],
+)
+def test_ratio(elements: int, tensors: int, names: tuple[str, str], limit: float) -> None:
+    ours, theirs = measure(pick(names), even("guard", elements, tensors), CPU, torch.float32, rounds=9)
+    assert not ours.error
+    assert ratio(ours, theirs) < limit, f"{1000 * ours.median:.1f} ms, {1000 * theirs.median:.1f} ms"
