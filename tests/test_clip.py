@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import oput_dist as oput
 from tests.conformance import on_grid
@@ -94,3 +94,17 @@ def test_one_process() -> None:
 def test_nothing_to_clip() -> None:
     assert oput.clip_grad_norm_([nn.Parameter(torch.ones(3))], 1.0) == 0.0
     assert oput.clip_grad_norm_([], 1.0) == 0.0
+
+
+def clip_partial() -> tuple[float, float]:
+    """Tensor parallelism leaves partial sums as gradients of replicated parameters."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Replicate()]))
+    p.grad = DTensor.from_local(torch.full((4,), 10.0), mesh, [Partial()])
+    return oput.clip_grad_norm_([p], 1.0).item(), p.grad.full_tensor().norm().item()
+
+
+def test_gradients_that_are_partial_sums_are_clipped(pool: Pool) -> None:
+    for before, after in pool.run(2, clip_partial):
+        assert before == 40.0
+        assert after == pytest.approx(1.0, abs=1e-6)

@@ -308,3 +308,14 @@ def test_names_and_creation() -> None:
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert type(optimizer).__name__.lower() == name
         assert type(optimizer) is getattr(oput, type(optimizer).__name__)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_takes_torchs_state(momentum: float) -> None:
+    params, alone = parameters(torch.float64), parameters(torch.float64)
+    wanted = walk(torch.optim.SGD(alone, lr=0.05, momentum=momentum), alone, range(6))
+    before = torch.optim.SGD(params, lr=0.05, momentum=momentum)
+    walk(before, params, range(3))
+    after = oput.SGD(params, lr=9.0, momentum=momentum)
+    after.load_state_dict(before.state_dict())
+    assert largest_difference(walk(after, params, range(3, 6)), wanted) <= 2e-15

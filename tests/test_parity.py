@@ -230,3 +230,10 @@ def test_max_grad_norm_equals_clipping_before() -> None:
         inside.step()
         after.step()
     assert difference([p.detach() for p in ours], [p.detach() for p in theirs]) <= EXACT
+
+
+def test_adan_betas_of_the_new_value_are_converted_with_a_warning() -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    with pytest.warns(UserWarning, match=r"write betas=\(0.98, 0.92, 0.99\)"):
+        optimizer = oput.Adan([p], betas=(0.02, 0.08, 0.01))
+    assert optimizer.param_groups[0]["betas"] == pytest.approx((0.98, 0.92, 0.99))

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import oput_dist as oput
 from tests.layouts import Weights
@@ -151,3 +152,35 @@ def test_state_is_partitioned(pool: Pool, layout: str, n: int) -> None:
             assert reported <= limit
         # Together the ranks hold each element once, and each rank its own counters.
         assert sum(rank[name][0] - 4 * COUNT for rank in ranks) == whole - 4 * COUNT
+
+
+def steps_at_lr_zero(lrs: list[float]) -> list[float]:
+    """Rank 1 has its first gradient in the second step."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None))
+    optimizer = oput.AdamW([p])
+    for step, lr in enumerate(lrs):
+        optimizer.param_groups[0]["lr"] = lr
+        idle = dist.get_rank() == 1 and step == 0
+        p.grad = None if idle else distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None)
+        optimizer.step()
+    return p.to_local().tolist()
+
+
+@pytest.mark.parametrize("lrs", [[0.0, 0.0], [0.1, 0.0]])
+def test_an_idle_rank_at_lr_zero_does_not_hang(pool: Pool, lrs: list[float]) -> None:
+    pool.run(2, steps_at_lr_zero, lrs, timeout=20.0)
+
+
+def scalar_without_gradient_on_one_rank() -> float:
+    p, q = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(4))
+    optimizer = oput.AdamW([p, q], shard_group=dist.group.WORLD, lr=0.1)
+    p.grad = torch.tensor(1.0) if dist.get_rank() == 0 else None
+    q.grad = torch.ones(4)
+    optimizer.step()
+    return p.item()
+
+
+def test_replicas_of_a_scalar_stay_equal_under_zero1(pool: Pool) -> None:
+    first, second = pool.run(2, scalar_without_gradient_on_one_rank)
+    assert first == second

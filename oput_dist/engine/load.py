@@ -11,6 +11,7 @@ import torch
 from oput_dist.layout import LayoutError
 
 from .plan import Plan
+from .recipe import Group
 from .slot import Slot
 
 __all__ = ["load_state_dict"]
@@ -42,8 +43,9 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
         slot = slots.get(key)
         if slot is None:
             raise ValueError(f"{owner}: the state dict holds state for an unknown parameter {key!r}")
-        names = optimizer.recipe(groups[slot.group]).state
-        state[slot.parameter] = _adopted(owner, slot, entries, names)
+        state[slot.parameter] = _adopted(optimizer, slot, entries, groups[slot.group])
+    for group in groups:
+        optimizer.validate(group)
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
@@ -55,23 +57,35 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     return {**group, **{key: deepcopy(value) for key, value in saved.items() if key not in ("params", "param_names")}}
 
 
-def _adopted(owner: str, slot: Slot, entries: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _adopted(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group) -> dict[str, Any]:
     """The state of one parameter as this rank keeps it."""
-    missing = [name for name in names if name not in entries]
-    unknown = [name for name in entries if name not in names and name != "step"]
-    if entries and (missing or "step" not in entries):
-        raise ValueError(
-            f"{owner}: the state of {slot.name} lacks {(missing or ['step'])[0]!r}: it was saved by another optimizer"
-        )
-    if unknown:
-        raise ValueError(f"{owner}: the state of {slot.name} has {unknown[0]!r}, which this optimizer does not keep")
+    owner, names = type(optimizer).__name__, optimizer.recipe(group).state
+    entries = {name: value for name, value in entries.items() if value is not None}
+    for name in entries:
+        if name not in names and name != "step":
+            raise ValueError(f"{owner}: the state of {slot.name} has {name!r}, which this optimizer does not keep")
+    for name in names if entries else ():
+        if name not in entries:
+            raise ValueError(f"{owner}: the state of {slot.name} lacks {name!r}: it was saved by another optimizer")
     result: dict[str, Any] = {}
     for name, value in entries.items():
         if name == "step":
-            result[name] = torch.tensor(float(value), dtype=torch.float32)
             continue
         try:
             result[name] = slot.layout.adopt(value)
         except LayoutError as error:
             raise ValueError(f"{owner}: {name!r} of {slot.name}: {error}") from None
+    if entries:
+        result["step"] = torch.tensor(_step(optimizer, slot, entries, group), dtype=torch.float32)
     return result
+
+
+def _step(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group) -> float:
+    """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
+    if "step" in entries:
+        return float(entries["step"])
+    if optimizer.scalars(group, 2) == optimizer.scalars(group, 3):
+        return 1.0
+    raise ValueError(
+        f"{type(optimizer).__name__}: the state of {slot.name} lacks 'step': it was saved by another optimizer"
+    )

@@ -11,7 +11,7 @@ from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.math import square_terms
 from oput_dist.kernels.stage import Measure, Prologue
-from oput_dist.layout import LayoutError, dense_strides, flat, layout_of
+from oput_dist.layout import LayoutError, dense_strides, flat, layout_of, whole_or_local
 
 __all__ = ["clip_factor", "clip_grad_norm_", "square_sums"]
 
@@ -75,7 +75,7 @@ def clip_grad_norm_(
     factor = clip_factor(norm, max_norm)
     for parameter in every:
         if parameter.grad is not None:
-            gradient = layout_of(parameter).piece(parameter.grad)
+            gradient = whole_or_local(parameter.grad)  # however it is placed: partial sums scale alike
             gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
     return norm
 

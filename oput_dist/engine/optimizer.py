@@ -94,14 +94,14 @@ class Optimizer(torch.optim.Optimizer):
         group = common.get("shard_group")
         self._shard_group = None if group is None else _GroupHandle(_checked_group(owner, group))
         self._plan: Plan | None = None
+        self._begun = False
         every = {
             **defaults,
             "decouple_lr": common.get("decouple_lr", False),
             "max_lr": common.get("max_lr"),
             "maximize": common.get("maximize", False),
         }
-        check_group(owner, every, {**_GROUP_COMMON, **self.checks})
-        self.check(every)
+        self.validate(every)
         if isinstance(params, nn.Module):
             params = list(params.named_parameters())
         super().__init__(params, every)
@@ -109,6 +109,14 @@ class Optimizer(torch.optim.Optimizer):
     @abstractmethod
     def recipe(self, group: Group) -> Recipe:
         """The stages and state of a group. Must not depend on the step."""
+
+    def validate(self, group: Group) -> None:
+        """Raise ValueError for the first hyperparameter of a group that is out of range."""
+        owner = type(self).__name__
+        check_group(owner, group, {**_GROUP_COMMON, **self.checks})
+        self.check(group)
+        if group["decouple_lr"] and group["max_lr"] is None and float(group["lr"]) == 0:
+            raise ValueError(f"{owner}: decouple_lr=True with lr=0: give max_lr, the largest rate of the schedule")
 
     def check(self, group: Group) -> None:
         """Raise ValueError if the hyperparameters of a group do not go together."""
@@ -131,11 +139,7 @@ class Optimizer(torch.optim.Optimizer):
         owner = type(self).__name__
         if not isinstance(param_group.get("params"), (torch.Tensor, set)):
             param_group["params"] = list(param_group["params"])
-        merged = {**self.defaults, **param_group}
-        check_group(owner, merged, {**_GROUP_COMMON, **self.checks})
-        self.check(merged)
-        if merged["decouple_lr"] and merged["max_lr"] is None and float(merged["lr"]) == 0:
-            raise ValueError(f"{owner}: decouple_lr=True with lr=0: give max_lr, the largest rate of the schedule")
+        self.validate({**self.defaults, **param_group})
         for name in param_group:
             if name not in self.defaults and (near := nearest(name, self.defaults, cutoff=0.85)):
                 warnings.warn(f"{owner}: parameter group has an unknown option {name!r}.{near}", stacklevel=4)
@@ -168,7 +172,9 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        Step(self._current_plan(), self.param_groups, self.state, self.recipe, self.scalars, self._options).run()
+        plan, first = self._current_plan(), not self._begun
+        Step(plan, self.param_groups, self.state, self.recipe, self.scalars, self._options, first).run()
+        self._begun = True
         return loss
 
     def _current_plan(self) -> Plan:
@@ -186,10 +192,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         load_state_dict(self, state_dict, self._current_plan())
         self._plan = None
+        self._begun = bool(state_dict["state"])
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return {**kept, "_options": self._options, "_shard_group": self._shard_group, "_plan": None}
+        own = {"_options": self._options, "_shard_group": self._shard_group, "_begun": self._begun}
+        return {**kept, **own, "_plan": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -59,6 +59,7 @@ class Step:
         recipe: the recipe of a group.
         scalars: the NamedTuple ``h`` of a group at a step count.
         options: see :class:`Options`.
+        first: whether this optimizer has neither stepped nor loaded state before; the same on all ranks.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Step:
         recipe: Callable[[Group], Recipe],
         scalars: Callable[[Group, int], Any],
         options: Options,
+        first: bool,
     ) -> None:
-        self._plan, self._state, self._options = plan, state, options
+        self._plan, self._state, self._options, self._first = plan, state, options, first
         self._groups = [{**group, "lr": as_scalar(group["lr"])} for group in groups]
         self._recipes = [recipe(group) for group in self._groups]
         self._scalars = scalars
@@ -99,9 +101,9 @@ class Step:
 
         ``torch.distributed.checkpoint`` creates state by a step with zero gradients at lr 0. Were it counted, training
         would go on with another bias correction. So a first step at lr 0 counts only where a gradient is not zero;
-        all ranks see the same lr and state, hence take part in the one reduction that this takes.
+        all ranks know that it is the first and see the same lr, hence take part in the one reduction that this takes.
         """
-        if self._state or any(group["lr"] != 0 for group in self._groups):
+        if not self._first or any(group["lr"] != 0 for group in self._groups):
             return gradients
         for slot in self._plan.slots:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:

@@ -24,7 +24,8 @@ class Partitioned(Layout):
     """A parameter that is whole on every rank of ``group``, of which this rank updates some rows.
 
     The rows are those that FSDP2 would give it (``ceil(rows / ranks)`` for each rank, the last ones fewer or none), and
-    the state is the same DTensor, so checkpoints of both look alike. A 0-d parameter is updated by every rank.
+    the state is the same DTensor, so checkpoints of both look alike. A 0-d parameter is updated by every rank, and the
+    first rank's value is taken.
     """
 
     def __init__(self, parameter: torch.Tensor, group: dist.ProcessGroup) -> None:
@@ -36,7 +37,7 @@ class Partitioned(Layout):
         self._bounds = [(min(r * height, rows), min((r + 1) * height, rows)) for r in range(ranks)]
         self._rows = self._bounds[rank]
         self.groups = (group,) if self._split and ranks > 1 else ()
-        self.gather_group = self.groups[0] if self.groups else None
+        self.gather_group = group if ranks > 1 else None
         mesh = _mesh(group, parameter.device.type)
         self._state = Distributed(_on_mesh(parameter, self.piece(parameter), mesh, self._split))
 
@@ -44,7 +45,10 @@ class Partitioned(Layout):
         return tensor[self._rows[0] : self._rows[1]] if self._split else tensor
 
     def pieces(self, parameter: torch.Tensor) -> list[torch.Tensor]:
-        return [parameter[start:stop] for start, stop in self._bounds]
+        if self._split:
+            return [parameter[start:stop] for start, stop in self._bounds]
+        one = parameter.view(1)  # every rank updates it, and the first one's value holds
+        return [one] + [one[1:]] * (len(self._bounds) - 1)
 
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
         return self._state.zeros(dtype)

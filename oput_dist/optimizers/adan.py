@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
@@ -15,6 +16,9 @@ from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["Adan"]
+
+
+_BETAS = triple(3)
 
 
 class AdanScalars(NamedTuple):
@@ -47,6 +51,19 @@ def adan(p, g, state, h):
     return (p - h.lr * u) / h.prox, (m, d, n, g)
 
 
+def of_old_values(betas: Any) -> Any:
+    """Betas as weights of the old value. All below 0.5, they were meant as weights of the new one."""
+    if _BETAS(betas) is not None or not all(beta < 0.5 for beta in betas):
+        return betas
+    old = tuple(1 - beta for beta in betas)
+    warnings.warn(
+        f"Adan: betas={tuple(betas)} are taken as weights of the new value; here betas are weights of the old value: "
+        f"write betas={old}",
+        stacklevel=4,
+    )
+    return old
+
+
 class Adan(Optimizer):
     r"""Adan. Betas are the weights of the **old** value, as in the authors' code.
 
@@ -62,7 +79,8 @@ class Adan(Optimizer):
     Args:
         params: parameters, groups, named parameters, or a module.
         lr: learning rate :math:`\eta \ge 0`. Default 1e-3; often five to ten times AdamW's.
-        betas: :math:`(\beta_1, \beta_2, \beta_3)`, each in [0, 1). Default (0.98, 0.92, 0.99).
+        betas: :math:`(\beta_1, \beta_2, \beta_3)`, each in [0, 1). Default (0.98, 0.92, 0.99). All below 0.5 they
+            are taken as weights of the new value, converted, and a warning says so.
         eps: :math:`\epsilon \ge 0`. Default 1e-8.
         weight_decay: :math:`\lambda \ge 0`. Default 0; the paper uses 0.02.
         no_prox: decay before the update in place of the proximal form. Default False.
@@ -76,7 +94,7 @@ class Adan(Optimizer):
     Paper: Xie et al., https://arxiv.org/abs/2208.06677.
     """
 
-    checks: ClassVar = {"betas": triple(3), "eps": nonnegative, "no_prox": boolean}
+    checks: ClassVar = {"betas": _BETAS, "eps": nonnegative, "no_prox": boolean}
 
     def __init__(
         self,
@@ -88,8 +106,14 @@ class Adan(Optimizer):
         no_prox: bool = False,
         **common: Unpack[Common],
     ) -> None:
+        betas = of_old_values(betas)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
         super().__init__(params, defaults, common)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and "betas" in param_group:
+            param_group["betas"] = of_old_values(param_group["betas"])
+        super().add_param_group(param_group)
 
     def recipe(self, group: Group) -> Recipe:
         decay = Decay.SHRINK if group["no_prox"] else Decay.NONE
