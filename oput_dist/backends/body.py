@@ -32,7 +32,7 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
         stage: the stage.
         prologue: what precedes the rule.
         kind: the NamedTuple class of ``h``.
-        summed: whether a Measure returns sums in place of elementwise terms.
+        summed: whether a Measure returns sums, in float64, in place of elementwise terms.
     """
     rule = as_torch(stage.rule)
 
@@ -68,7 +68,7 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
         if stage.writes_state:  # type: ignore[union-attr]
             for old, new in zip(state, state_out):  # noqa: B905
                 old.copy_(new)
-        return tuple(term.sum() for term in terms) if summed else terms
+        return tuple(term.sum(dtype=torch.float64) for term in terms) if summed else terms
 
     def apply(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()

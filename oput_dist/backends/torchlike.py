@@ -26,9 +26,7 @@ class TorchBackend:
     packed: bool
     """Whether small tensors are run together."""
     chunk: int
-    """Elements of one call of a body for an Update or Apply; bounds the temporaries."""
-    sum_chunk: int
-    """Elements that a Measure sums in the compute dtype; longer sums go on in float64."""
+    """Elements of one call of a body; bounds the temporaries."""
 
     def __init__(self) -> None:
         self._bodies: dict[Any, Body] = {}
@@ -68,12 +66,11 @@ class TorchBackend:
         body = self._body(stage, batch, summed=True)
         row = rows[batch.scalars.which[i]]
         c = None if factors is None else factors[:, i]
-        chunk = self.sum_chunk if isinstance(stage, Measure) else self.chunk
-        parts = -(-batch.p[i].numel() // chunk)
+        parts = -(-batch.p[i].numel() // self.chunk)
         ranges = zip(*(t.tensor_split(parts) for t in (batch.p[i], batch.g[i], *batch.state[i])), strict=True)
         sums = [body(p, g, state, row, scale, c) for p, g, *rest in ranges for state in (tuple(rest),)]
         if out is not None:
-            out[i] = torch.stack([torch.stack(terms) for terms in sums]).double().sum(0)
+            out[i] = torch.stack([torch.stack(terms) for terms in sums]).sum(0)
 
     def _run_pack(
         self,
@@ -123,19 +120,19 @@ class TorchBackend:
 class Eager(TorchBackend):
     """Torch operations, tensor by tensor: the plainest form, and the reference."""
 
-    name, packed, chunk, sum_chunk = "eager", False, 2**18, 2**18
+    name, packed, chunk = "eager", False, 2**17
 
 
 class Foreach(TorchBackend):
     """Torch operations on packs of small tensors."""
 
-    name, packed, chunk, sum_chunk = "foreach", True, 2**18, 2**18
+    name, packed, chunk = "foreach", True, 2**17
 
 
 class Compile(TorchBackend):
     """Rules through torch.compile: one fused loop over memory for each stage, on CPU and GPU."""
 
-    name, packed, chunk, sum_chunk = "compile", True, 2**40, 2**20
+    name, packed, chunk = "compile", True, 2**40
 
     def prepare(self, body: Body) -> Body:
         # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.
