@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--elements", type=int, help="elements in all, in place of --case")
     parser.add_argument("--tensors", type=int, default=1, help="equal tensors that --elements are cut into")
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "lion", "adan", "lamb", "stableadamw", "sgd"])
-    parser.add_argument("--backends", nargs="+", default=None, help="of ours; default: default, foreach and compile")
+    parser.add_argument("--backends", nargs="+", default=None, help="of ours; by default: default, foreach, compile")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15)
