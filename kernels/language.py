@@ -29,14 +29,6 @@ class _TorchLanguage:
     def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
         return torch.where(condition, x, y)
 
-    @staticmethod
-    def maximum(x: torch.Tensor, y: Any) -> torch.Tensor:
-        return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
-
-    @staticmethod
-    def minimum(x: torch.Tensor, y: Any) -> torch.Tensor:
-        return torch.minimum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, max=y)
-
 
 _TORCH = _TorchLanguage()
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from .language import rule
+from .language import rule, tl
 
-__all__ = ["adam_moments", "lerp", "sign", "square_terms"]
+__all__ = ["adam_moments", "at_least", "at_most", "lerp", "sign", "square_terms"]
 
 
 @rule
 def lerp(old, new, weight):
-    """Moving average: ``weight`` is that of the new value. Exact at ``weight = 1`` only to rounding."""
-    return old + weight * (new - old)
+    """Moving average: ``weight`` is that of the new value, which is exact at 1."""
+    return (1.0 - weight) * old + weight * new
+
+
+@rule
+def at_least(x, low):
+    """The larger of the two; NaN where ``x`` is NaN, which a GPU's maximum would hide."""
+    return tl.where(x < low, low, x)
+
+
+@rule
+def at_most(x, high):
+    """The smaller of the two; NaN where ``x`` is NaN."""
+    return tl.where(x > high, high, x)
 
 
 @rule

@@ -86,7 +86,7 @@ def choose(allowed: Sequence[str], device: torch.device, numel: int) -> Backend:
 def can_compile() -> bool:
     """Whether torch.compile can build CPU code here, by trying: it needs a C++ compiler that works."""
     try:
-        torch.compile(_probe, dynamic=True)(torch.ones(3))
+        torch.compile(_probe, dynamic=True)(torch.ones(3, device="cpu"))
     except Exception as error:  # whatever its many parts raise, the other backends remain
         warnings.warn(
             f"torch.compile does not work on this machine, so backend='foreach' is used on the CPU: {error}",

@@ -40,7 +40,7 @@ class Scalars:
     def distinct(self) -> torch.Tensor:
         """The distinct rows, float64, on the device; sent without waiting for it."""
         floats = [[0.0 if isinstance(x, torch.Tensor) else float(x) for x in row] for row in self.rows]
-        table = send(torch.tensor(floats, dtype=torch.float64), self.device)
+        table = send(torch.tensor(floats, dtype=torch.float64, device="cpu"), self.device)
         for i, row in enumerate(self.rows):
             for j, value in enumerate(row):
                 if isinstance(value, torch.Tensor):
@@ -50,7 +50,7 @@ class Scalars:
     @cached_property
     def index(self) -> torch.Tensor:
         """:attr:`which` on the device."""
-        return send(torch.tensor(self.which, dtype=torch.int64), self.device)
+        return send(torch.tensor(self.which, dtype=torch.int64, device="cpu"), self.device)
 
     @cached_property
     def table(self) -> torch.Tensor:

@@ -88,8 +88,8 @@ class TorchBackend:
         gathered = [pack.gather(number, tensors) for number, tensors in enumerate(lists)]
         p, g, *state = [flat for flat, _ in gathered]
         row = rows[batch.scalars.which[indices[0]]]
-        lengths = send(torch.tensor(pack.sizes), p.device)
-        index = send(torch.tensor(indices), p.device)
+        lengths = send(torch.tensor(pack.sizes, device="cpu"), p.device)
+        index = send(torch.tensor(indices, device="cpu"), p.device)
         c = None if factors is None else factors[:, index].repeat_interleave(lengths, dim=1, output_size=pack.numel)
         body = self._body(stage, batch, summed=False)
         parts = -(-pack.numel // self.chunk)

@@ -71,10 +71,10 @@ class Triton:
 def _grid(batch: Batch, device: torch.device) -> _Grid:
     """Tiles of all tensors, each with its tensor and its place in it."""
     if "grid" not in batch.cache:
-        counts = torch.tensor([-(-p.numel() // BLOCK) for p in batch.p], dtype=torch.int64)
-        first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        place = torch.arange(int(first[-1])) - first[tensor]
+        counts = torch.tensor([-(-p.numel() // BLOCK) for p in batch.p], dtype=torch.int64, device="cpu")
+        first = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
+        tensor = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+        place = torch.arange(int(first[-1]), device="cpu") - first[tensor]
         tiles = torch.stack([tensor, place], 1).to(torch.int32)
         batch.cache["grid"] = _Grid(send(tiles, device), send(first.to(torch.int32), device), int(first[-1]))
     grid: _Grid = batch.cache["grid"]
@@ -91,7 +91,7 @@ def _table(batch: Batch, device: torch.device) -> torch.Tensor:
         batch.cache["pointers"] = rows
         # Kernels use 128-bit accesses where all pointers of a tensor allow it.
         values = [(row[0], int(all(pointer % 16 == 0 for pointer in row[1:])), *row[1:]) for row in rows]
-        batch.cache["table"] = send(torch.tensor(values, dtype=torch.int64), device)
+        batch.cache["table"] = send(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
     table: torch.Tensor = batch.cache["table"]
     return table
 

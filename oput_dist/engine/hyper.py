@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ def _number(value: Any) -> float | None:
         if value.numel() != 1 or value.is_complex():
             return None
         return 0.5 if value.device.type not in ("cpu", "meta") else float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     return float(value)
 

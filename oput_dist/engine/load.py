@@ -35,6 +35,9 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
             f"{owner}: the state dict is of another model: its parameter groups hold {given} parameters, "
             f"but this optimizer's hold {sizes}"
         )
+    for group in saved:
+        if group.get("optimizer", owner) != owner:
+            raise ValueError(f"{owner}: the state dict was saved by {group['optimizer']}: make the same optimizer")
     groups = [_merged(old, new) for old, new in zip(optimizer.param_groups, saved, strict=True)]
     keys = [key for group in saved for key in group["params"]]
     slots = dict(zip(keys, plan.slots, strict=True))
@@ -43,7 +46,8 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
         slot = slots.get(key)
         if slot is None:
             raise ValueError(f"{owner}: the state dict holds state for an unknown parameter {key!r}")
-        state[slot.parameter] = _adopted(optimizer, slot, entries, groups[slot.group])
+        own = "optimizer" in saved[slot.group]
+        state[slot.parameter] = _adopted(optimizer, slot, entries, groups[slot.group], own)
     for group in groups:
         optimizer.validate(group)
     optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -57,19 +61,20 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     return {**group, **{key: deepcopy(value) for key, value in saved.items() if key not in ("params", "param_names")}}
 
 
-def _adopted(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group) -> dict[str, Any]:
-    """The state of one parameter as this rank keeps it."""
+def _adopted(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group, own: bool) -> dict[str, Any]:
+    """The state of one parameter as this rank keeps it; ``own`` if this class saved it, options as they then were."""
     owner, names = type(optimizer).__name__, optimizer.recipe(group).state
     entries = {name: value for name, value in entries.items() if value is not None}
-    for name in entries:
-        if name not in names and name != "step":
-            raise ValueError(f"{owner}: the state of {slot.name} has {name!r}, which this optimizer does not keep")
-    for name in names if entries else ():
-        if name not in entries:
-            raise ValueError(f"{owner}: the state of {slot.name} lacks {name!r}: it was saved by another optimizer")
+    if not own:  # from elsewhere: only what fits exactly
+        for name in entries:
+            if name not in names and name != "step":
+                raise ValueError(f"{owner}: the state of {slot.name} has {name!r}, which this optimizer does not keep")
+        for name in names if entries else ():
+            if name not in entries:
+                raise ValueError(f"{owner}: the state of {slot.name} lacks {name!r}: it was saved by another optimizer")
     result: dict[str, Any] = {}
     for name, value in entries.items():
-        if name == "step":
+        if name not in names:  # of an option that was switched off since
             continue
         try:
             result[name] = slot.layout.adopt(value)

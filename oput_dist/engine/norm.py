@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,16 +67,20 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type!r} is not allowed: must be a number > 0, or inf")
     every = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if not every:
+        return torch.zeros(())
     norm = _joint_norm(every, float(norm_type))
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
         raise RuntimeError(
             f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped"
         )
     factor = clip_factor(norm, max_norm)
-    for parameter in every:
-        if parameter.grad is not None:
-            gradient = whole_or_local(parameter.grad)  # however it is placed: partial sums scale alike
-            gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
+    # However gradients are placed: partial sums scale alike.
+    gradients: dict[Any, list[torch.Tensor]] = {}
+    for memory in (whole_or_local(p.grad) for p in every if p.grad is not None):
+        gradients.setdefault((memory.device, memory.dtype), []).append(memory)
+    for (device, dtype), memories in gradients.items():
+        torch._foreach_mul_(memories, factor.to(device, dtype, non_blocking=True))
     return norm
 
 
@@ -98,7 +102,7 @@ def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tenso
         for dtype in {piece.dtype for piece in pieces.values()}:
             rows = [i for i, piece in pieces.items() if piece.device == device and piece.dtype == dtype]
             if rows:
-                table[send(torch.tensor(rows), device)] = _powers([pieces[i] for i in rows], order)
+                table[send(torch.tensor(rows, device="cpu"), device)] = _powers([pieces[i] for i in rows], order)
         schedule = Schedule.of(
             [x.groups if p.device == device else () for x, p in zip(layouts, parameters, strict=True)], device
         )

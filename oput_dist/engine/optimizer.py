@@ -100,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
             "decouple_lr": common.get("decouple_lr", False),
             "max_lr": common.get("max_lr"),
             "maximize": common.get("maximize", False),
+            "optimizer": owner,
         }
         self.validate(every)
         if isinstance(params, nn.Module):
@@ -144,14 +145,19 @@ class Optimizer(torch.optim.Optimizer):
             if name not in self.defaults and (near := nearest(name, self.defaults, cutoff=0.85)):
                 warnings.warn(f"{owner}: parameter group has an unknown option {name!r}.{near}", stacklevel=4)
         entries = param_group["params"]
+        seen: set[int] = set()
         for i, entry in enumerate([entries] if isinstance(entries, torch.Tensor) else entries):
             label, tensor = entry if isinstance(entry, tuple) else (f"{i} of group {len(self.param_groups)}", entry)
+            if id(tensor) in seen:
+                raise ValueError(f"{owner}: parameter {label} is in its group twice")
+            seen.add(id(tensor))
             if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
                 raise TypeError(
                     f"{owner}: parameter {label} has dtype {tensor.dtype}: only real floating-point parameters can be "
                     "optimized"
                 )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -172,13 +178,15 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self.validate(group)
         plan, first = self._current_plan(), not self._begun
         Step(plan, self.param_groups, self.state, self.recipe, self.scalars, self._options, first).run()
         self._begun = True
         return loss
 
     def _current_plan(self) -> Plan:
-        if self._plan is None or self._plan.stale():
+        if self._plan is None or self._plan.stale(self.param_groups):
             group = self._shard_group.group if self._shard_group is not None else None
             clip = self._options.max_grad_norm is not None
             sums = [clip or any(self.recipe(g).terms) for g in self.param_groups]
@@ -192,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         load_state_dict(self, state_dict, self._current_plan())
         self._plan = None
-        self._begun = bool(state_dict["state"])
+        self._begun = True
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()

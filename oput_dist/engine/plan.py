@@ -62,7 +62,7 @@ class Plan:
                 if sums[number] and layout.why_no_sums is not None:
                     raise LayoutError(f"{name}: this optimizer needs norms over whole parameters. {layout.why_no_sums}")
                 slots.append(Slot(parameter, name, layout, number, len(slots)))
-        counters = torch.zeros(len(slots), dtype=torch.float32)
+        counters = torch.zeros(len(slots), dtype=torch.float32, device="cpu")
         plan = cls(slots, counters, _schedules(slots))
         for slot in slots:
             if slot.parameter in state and "step" in state[slot.parameter]:
@@ -71,26 +71,42 @@ class Plan:
         return plan
 
     def cache(self, bucket: Any) -> dict[Any, Any]:
-        """What a backend keeps for a bucket. Buckets that change at every step are not kept for ever."""
-        if bucket not in self.caches and len(self.caches) >= 64:
-            self.caches.clear()
-        return self.caches.setdefault(bucket, {})
+        """What a backend keeps for a bucket: for the buckets used last, since the memory of packs is among it."""
+        kept = self.caches[bucket] = self.caches.pop(bucket, {})
+        if len(self.caches) > 12:
+            del self.caches[next(iter(self.caches))]
+        return kept
 
-    def stale(self) -> bool:
-        """Whether any parameter has moved."""
-        return any(slot.stale() for slot in self.slots)
+    def stale(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the groups hold other parameters than the slots, or any parameter has moved."""
+        now = [(number, p) for number, group in enumerate(param_groups) for p in group["params"]]
+        return len(now) != len(self.slots) or any(
+            slot.parameter is not p or slot.group != number or slot.stale()
+            for slot, (number, p) in zip(self.slots, now, strict=True)
+        )
 
-    def count(self, active: Sequence[Slot], state: MutableMapping[torch.Tensor, dict[str, Any]]) -> list[int]:
-        """Advance the counters of the active slots; returns their new values."""
+    def _adopt_counters(self, active: Sequence[Slot], state: MutableMapping[torch.Tensor, dict[str, Any]]) -> None:
+        """Take over the counters that someone replaced or removed since the last step."""
+        base, width = self.counters.data_ptr(), self.counters.element_size()
         for slot in active:
-            if "step" not in state[slot.parameter]:
-                state[slot.parameter]["step"] = self.counters[slot.index]
+            entry = state[slot.parameter]
+            step = entry.get("step")
+            if not isinstance(step, torch.Tensor) or step.data_ptr() != base + width * slot.index:
+                self.counters[slot.index] = 0.0 if step is None else float(step)
+                entry["step"] = self.counters[slot.index]
+
+    def next_counts(self, active: Sequence[Slot], state: MutableMapping[torch.Tensor, dict[str, Any]]) -> list[int]:
+        """What the counters of the active slots will be after this step; :meth:`count` makes it so."""
+        self._adopt_counters(active, state)
+        counts = self.counters.tolist()
+        return [int(counts[slot.index]) + 1 for slot in active]
+
+    def count(self, active: Sequence[Slot]) -> None:
+        """Advance the counters of the active slots."""
         if len(active) == len(self.slots):
             self.counters += 1
-            return [int(t) for t in self.counters.tolist()]
-        index = torch.tensor([slot.index for slot in active], dtype=torch.int64)
-        self.counters[index] += 1
-        return [int(t) for t in self.counters[index].tolist()]
+        else:
+            self.counters[torch.tensor([slot.index for slot in active], dtype=torch.int64, device="cpu")] += 1
 
 
 def _schedules(slots: Sequence[Slot]) -> dict[torch.device, Schedule]:

@@ -49,6 +49,8 @@ def decay_rate(group: Group) -> Any:
     ``lr * weight_decay``, or fully decoupled from the learning rate, so that only its schedule matters:
     ``lr / max_lr * weight_decay``.
     """
+    if group["decouple_lr"] and group["max_lr"] is None:
+        raise ValueError("decouple_lr=True was set on a group without max_lr: set it too, to the schedule's largest lr")
     lr = group["lr"] / group["max_lr"] if group["decouple_lr"] else group["lr"]
     return lr * group["weight_decay"]
 

@@ -83,7 +83,10 @@ class Slot:
         self, state: MutableMapping[str, Any], names: tuple[str, ...], dtype: torch.dtype | None
     ) -> tuple[torch.Tensor, ...]:
         """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's."""
-        if names == self._names and all(state.get(n) is v for n, v in zip(names, self._values, strict=True)):
+        if names == self._names and all(
+            state.get(n) is v and whole_or_local(v).data_ptr() == flat.data_ptr()
+            for n, v, flat in zip(names, self._values, self._views, strict=True)
+        ):
             return self._views
         self._views = tuple(self._flat_state(state, name, dtype) for name in names)
         self._names, self._values = names, [state[name] for name in names]

@@ -10,7 +10,7 @@ import torch
 
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import gather_pieces, packed_sum
-from oput_dist.kernels.stage import Prologue, Stage
+from oput_dist.kernels.stage import Apply, Prologue
 
 from .norm import clip_factor, square_sums
 from .plan import Plan
@@ -79,16 +79,18 @@ class Step:
 
     def run(self) -> None:
         """Run it: checks first, so that nothing has changed when one of them raises."""
-        gradients = [(slot, gradient) for slot in self._plan.slots if (gradient := slot.flat_gradient()) is not None]
+        slots = [slot for slot in self._plan.slots if updated(slot)]
+        gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
         gradients = self._without_rehearsal(gradients)
         present = [slot for slot, _ in gradients]
         for device in {slot.device for slot in present}:
             choose(self._options.backends, device, 0)
         state = {slot: self._state_of(slot) for slot in present}
-        steps = dict(zip(present, self._plan.count(present, self._state), strict=True))
+        steps = dict(zip(present, self._plan.next_counts(present, self._state), strict=True))
         active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
         scale = self._clip(active) if self._options.max_grad_norm is not None else {}
         buckets = self._buckets(active, state, steps, scale)
+        self._plan.count(present)
         self._run_stages(buckets)
         self._finish(buckets)
 
@@ -100,7 +102,7 @@ class Step:
         """Make state, and drop from the step, what is only asked to create its state.
 
         ``torch.distributed.checkpoint`` creates state by a step with zero gradients at lr 0. Were it counted, training
-        would go on with another bias correction. So a first step at lr 0 counts only where a gradient is not zero;
+        would go on with another bias correction. So a first step at lr 0 counts only if some gradient is not zero;
         all ranks know that it is the first and see the same lr, hence take part in the one reduction that this takes.
         """
         if not self._first or any(group["lr"] != 0 for group in self._groups):
@@ -109,12 +111,12 @@ class Step:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
                 self._state_of(slot)
                 self._state[slot.parameter]["step"] = self._plan.counters[slot.index]
-        nonzero = [(slot, gradient) for slot, gradient in gradients if slot.numel]
         tables = self._tables(1)
-        for slot, gradient in nonzero:
-            tables[slot.device][slot.index, 0] = gradient.count_nonzero()
+        for slot, gradient in gradients:
+            if slot.numel:
+                tables[slot.device][slot.index, 0] = gradient.count_nonzero()
         self._reduce(tables)
-        return [(slot, gradient) for slot, gradient in gradients if tables[slot.device][slot.index, 0].item() != 0]
+        return gradients if any(bool(table.any()) for table in tables.values()) else []
 
     def _buckets(
         self,
@@ -167,8 +169,8 @@ class Step:
         )
         if "table_rows" not in batch.cache:
             whole = indices == list(range(len(self._plan.slots)))
-            batch.cache["table_rows"] = None if whole else send(torch.tensor(indices), device)
-            counts = torch.tensor([slot.numel for slot in slots], dtype=torch.float64)
+            batch.cache["table_rows"] = None if whole else send(torch.tensor(indices, device="cpu"), device)
+            counts = torch.tensor([slot.numel for slot in slots], dtype=torch.float64, device="cpu")
             batch.cache["table_counts"] = send(counts.unsqueeze(1), device)
         return _Bucket(slots, recipe, batch, batch.cache["table_rows"], batch.cache["table_counts"])
 
@@ -180,29 +182,29 @@ class Step:
             sums = self._tables(width + 1) if width else {}
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
-                    self._run_stage(bucket.recipe.stages[number], bucket, tables, sums)
+                    self._run_stage(number, bucket, tables, sums)
             if width:
                 self._reduce(sums)
             tables = sums
 
     def _run_stage(
         self,
-        stage: Stage,
+        number: int,
         bucket: _Bucket,
         before: dict[torch.device, torch.Tensor],
         after: dict[torch.device, torch.Tensor],
     ) -> None:
-        batch = bucket.batch
+        batch, recipe = bucket.batch, bucket.recipe
         device = batch.p[0].device
-        table = before.get(device)
-        sums = table if table is None or bucket.rows is None else table[bucket.rows]
-        result = choose(self._options.backends, device, bucket.numel).run(stage, batch, sums)
+        sums = None
+        if isinstance(recipe.stages[number], Apply):
+            table = before[device] if bucket.rows is None else before[device][bucket.rows]
+            sums = table[:, : recipe.terms[number - 1] + 1]
+        result = choose(self._options.backends, device, bucket.numel).run(recipe.stages[number], batch, sums)
         if result is not None:
             values = torch.cat([result, bucket.counts], 1)
-            if bucket.rows is None:
-                after[device].copy_(values)
-            else:
-                after[device][bucket.rows] = values
+            rows = slice(None) if bucket.rows is None else bucket.rows
+            after[device][rows, : values.shape[1]] = values
 
     def _tables(self, width: int) -> dict[torch.device, torch.Tensor]:
         """Zeros for the sums of all parameters, on each device: a piece without gradient adds nothing."""
@@ -220,7 +222,7 @@ class Step:
         for slot, gradient in active:
             sorted_slots.setdefault((gradient.dtype, slot.device), []).append((slot, gradient))
         for (_, device), members in sorted_slots.items():
-            rows = send(torch.tensor([slot.index for slot, _ in members]), device)
+            rows = send(torch.tensor([slot.index for slot, _ in members], device="cpu"), device)
             tables[device][rows] = square_sums([g for _, g in members], self._options.backends)
         self._reduce(tables)
         home = next(iter(tables))
@@ -237,7 +239,16 @@ class Step:
                     slot.store(values)
         gathered: dict[Any, list[Slot]] = {}
         for slot in self._plan.slots:
-            if slot.layout.gather_group is not None and slot.parameter.requires_grad:
+            if slot.layout.gather_group is not None and updated(slot):
                 gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
         for (group, _), slots in gathered.items():
             gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)
+
+
+def updated(slot: Slot) -> bool:
+    """Whether a parameter takes part in steps at all.
+
+    What is gathered must be known on all ranks alike, so a frozen parameter that is partitioned is left alone, even if
+    a gradient from before it was frozen is still there.
+    """
+    return slot.layout.gather_group is None or slot.parameter.requires_grad

@@ -35,8 +35,8 @@ class Distributed(Layout):
         if not isinstance(tensor, DTensor):
             raise LayoutError("a plain tensor where a DTensor is needed: gradients must be placed like their parameter")
         if tensor.placements != self._placements:
-            # Tensor parallel hands out gradients of replicated parameters as partial sums. Placements are the same on
-            # all ranks, so this collective is part of a static schedule.
+            # Tensor parallel hands out gradients of replicated parameters as partial sums, on all ranks alike: a rank
+            # that had none would keep the others waiting here, as it did in the backward pass.
             tensor = tensor.redistribute(self._mesh, self._placements)
         return local_tensor(tensor)
 

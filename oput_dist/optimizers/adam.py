@@ -11,7 +11,7 @@ from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
 from oput_dist.engine.hyper import betas as pair
 from oput_dist.engine.hyper import boolean, nonnegative
 from oput_dist.kernels.language import rule, tl
-from oput_dist.kernels.math import adam_moments
+from oput_dist.kernels.math import adam_moments, at_least
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["Adam", "AdamW"]
@@ -38,7 +38,7 @@ def adam(p, g, state, h):
 def adam_amsgrad(p, g, state, h):
     m, v, largest = state
     m, v = adam_moments(g, m, v, h)
-    largest = tl.maximum(largest, v)
+    largest = at_least(v, largest)
     return p - h.lr * m / (tl.sqrt(largest) * h.root + h.eps), (m, v, largest)
 
 

@@ -52,8 +52,8 @@ def adan(p, g, state, h):
 
 
 def of_old_values(betas: Any) -> Any:
-    """Betas as weights of the old value. All below 0.5, they were meant as weights of the new one."""
-    if _BETAS(betas) is not None or not all(beta < 0.5 for beta in betas):
+    """Betas as weights of the old value. All in (0, 0.5), they were meant as weights of the new one."""
+    if _BETAS(betas) is not None or not all(0 < beta < 0.5 for beta in betas):
         return betas
     old = tuple(1 - beta for beta in betas)
     warnings.warn(
@@ -79,8 +79,8 @@ class Adan(Optimizer):
     Args:
         params: parameters, groups, named parameters, or a module.
         lr: learning rate :math:`\eta \ge 0`. Default 1e-3; often five to ten times AdamW's.
-        betas: :math:`(\beta_1, \beta_2, \beta_3)`, each in [0, 1). Default (0.98, 0.92, 0.99). All below 0.5 they
-            are taken as weights of the new value, converted, and a warning says so.
+        betas: :math:`(\beta_1, \beta_2, \beta_3)`, each in [0, 1). Default (0.98, 0.92, 0.99). All in (0, 0.5)
+            they are taken as weights of the new value, converted, and a warning says so.
         eps: :math:`\epsilon \ge 0`. Default 1e-8.
         weight_decay: :math:`\lambda \ge 0`. Default 0; the paper uses 0.02.
         no_prox: decay before the update in place of the proximal form. Default False.

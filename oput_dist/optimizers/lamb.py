@@ -11,7 +11,7 @@ from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
 from oput_dist.engine.hyper import betas as pair
 from oput_dist.engine.hyper import boolean, nonnegative, optional, positive
 from oput_dist.kernels.language import rule, tl
-from oput_dist.kernels.math import adam_moments
+from oput_dist.kernels.math import adam_moments, at_most
 from oput_dist.kernels.stage import Apply, Decay, Measure
 
 __all__ = ["Lamb"]
@@ -48,7 +48,7 @@ def lamb_moments(p, g, state, h):
 @rule
 def lamb_trust(sums, h):
     p_squares, u_squares, _numel = sums
-    weight = tl.minimum(tl.sqrt(p_squares), h.clamp)
+    weight = at_most(tl.sqrt(p_squares), h.clamp)
     update = tl.sqrt(u_squares)
     usable = (weight > 0) & (update > 0) & (h.adapt > 0)
     return (h.lr * tl.where(usable, weight / tl.where(usable, update, 1.0), 1.0),)

@@ -9,9 +9,9 @@ from typing_extensions import Unpack
 
 from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, decay_rate
 from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import nonnegative
+from oput_dist.engine.hyper import positive
 from oput_dist.kernels.language import rule, tl
-from oput_dist.kernels.math import adam_moments
+from oput_dist.kernels.math import adam_moments, at_least
 from oput_dist.kernels.stage import Apply, Measure
 
 __all__ = ["StableAdamW"]
@@ -28,6 +28,8 @@ class StableAdamWScalars(NamedTuple):
     root: float
     """Square root of ``correct2``."""
     eps: float
+    floor: float
+    """The square of ``eps``, or the least normal fp32 number where that is smaller."""
     decay: float
     """Share of the parameter that decay removes, before the step is shrunk."""
 
@@ -36,13 +38,13 @@ class StableAdamWScalars(NamedTuple):
 def stable_moments(p, g, state, h):
     m, v = state
     m, v = adam_moments(g, m, v, h)
-    return (m, v), (g * g / tl.maximum(v * h.correct2, h.eps * h.eps),)
+    return (m, v), (g * g / at_least(v * h.correct2, h.floor),)
 
 
 @rule
 def stable_shrinkage(sums, h):
     total, numel = sums
-    shrinkage = 1.0 / tl.maximum(tl.sqrt(total / numel), 1.0)
+    shrinkage = 1.0 / at_least(tl.sqrt(total / numel), 1.0)
     return h.lr * h.correct1 * shrinkage, 1.0 - h.decay * shrinkage
 
 
@@ -81,7 +83,7 @@ class StableAdamW(Optimizer):
     Paper: Wortsman et al., https://arxiv.org/abs/2304.13013.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative}
+    checks: ClassVar = {"betas": pair(2), "eps": positive}
 
     def __init__(
         self,
@@ -109,5 +111,6 @@ class StableAdamW(Optimizer):
             correct2=correct2,
             root=math.sqrt(correct2),
             eps=group["eps"],
+            floor=max(group["eps"] ** 2, 1.2e-38),
             decay=decay_rate(group),
         )
