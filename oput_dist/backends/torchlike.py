@@ -31,7 +31,7 @@ class TorchBackend:
     def __init__(self) -> None:
         self._bodies: dict[Any, Body] = {}
 
-    def prepare(self, body: Body) -> Body:
+    def prepare(self, body: Body, stage: Stage) -> Body:
         """What runs: the body itself, or a compiled form."""
         return body
 
@@ -114,7 +114,7 @@ class TorchBackend:
 
     def make_body(self, stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
         """The body in the form that this backend runs."""
-        return self.prepare(body_of(stage, prologue, kind, summed))
+        return self.prepare(body_of(stage, prologue, kind, summed), stage)
 
 
 class Eager(TorchBackend):
@@ -134,11 +134,12 @@ class Compile(TorchBackend):
 
     name, packed, chunk = "compile", True, 2**40
 
-    def prepare(self, body: Body) -> Body:
+    def prepare(self, body: Body, stage: Stage) -> Body:
         # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.
         # realize_reads_threshold=0 makes Inductor store new moments in the loop that sums the terms; by default it
-        # recomputes them in a second one, twice the time.
-        compiled = torch.compile(body, dynamic=True, fullgraph=True, options={"realize_reads_threshold": 0})
+        # recomputes them in a second one, twice the time. Where nothing is summed it would only split loops.
+        options: dict[str, Any] = {"realize_reads_threshold": 0} if isinstance(stage, Measure) else {}
+        compiled = torch.compile(body, dynamic=True, fullgraph=True, options=options)
 
         def one_element_aside(p: Any, *rest: Any) -> Any:
             # Dynamo specializes on sizes 0 and 1: not worth a program of its own.
