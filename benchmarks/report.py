@@ -92,7 +92,6 @@ def bars(case: Case, timings: Sequence[Timing]) -> list[Bar]:
         for name in ("lion", "adan", "lamb", "stableadamw"):
             share = bytes_per_element(name) / bytes_per_element("adamw")
             asked.append((f"{name} oput compile", "adamw torch fused", 1.25 * share))
-        # "never slower": two memory-bound loops that do the same differ by a few percent from run to run
         asked += [(f"{name} oput default", f"{name} torch foreach", 1.0) for name in ("adamw", "adam", "sgd")]
     return [
         {"case": case.name, "what": a, "over": b, "limit": limit, "ratio": value, "holds": value <= limit}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from oput_dist.layout import Layout, flat, same_order, whole_or_local
+from oput_dist.layout import Layout, dense_strides, flat, same_order, whole_or_local
 
 __all__ = ["Slot"]
 
@@ -24,8 +24,7 @@ class Slot:
         self.numel = piece.numel()
         self.dtype, self.device = piece.dtype, piece.device
         self.piece = piece
-        example = torch.empty_like(piece, device="meta", memory_format=torch.preserve_format)
-        self.strides = example.stride()
+        self.strides = dense_strides(piece)
         self.in_place = same_order(piece, self.strides)
         self._flat = flat(piece, self.strides) if self.in_place else None
         self._names: tuple[str, ...] = ()
