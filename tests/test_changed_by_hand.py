@@ -150,3 +150,15 @@ def test_a_compiled_step_works() -> None:
     p.grad = torch.ones(2)
     torch.compile(optimizer.step)()
     assert p.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_small_gradients_after_a_large_one_count_where_beta_is_zero() -> None:
+    def train(make: Callable[..., torch.optim.Optimizer]) -> list[float]:
+        p = nn.Parameter(torch.zeros(2))
+        optimizer = make([p], lr=0.1, betas=(0.0, 0.0))
+        for gradient in (torch.full((2,), 1e6), torch.tensor([1e-3, -1e-3])):
+            p.grad = gradient
+            optimizer.step()
+        return p.tolist()
+
+    assert train(oput.Adam) == pytest.approx(train(torch.optim.Adam), abs=1e-5)

@@ -184,3 +184,16 @@ def scalar_without_gradient_on_one_rank() -> float:
 def test_replicas_of_a_scalar_stay_equal_under_zero1(pool: Pool) -> None:
     first, second = pool.run(2, scalar_without_gradient_on_one_rank)
     assert first == second
+
+
+def frozen_with_an_old_gradient() -> list[float]:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = oput.SGD([p], shard_group=dist.group.WORLD, lr=0.1)
+    p.grad = torch.ones(4)
+    p.requires_grad_(False)
+    optimizer.step()
+    return p.tolist()
+
+
+def test_replicas_of_a_frozen_parameter_stay_equal_under_zero1(pool: Pool) -> None:
+    assert pool.run(2, frozen_with_an_old_gradient) == [[1.0] * 4] * 2
