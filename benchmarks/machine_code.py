@@ -70,7 +70,7 @@ def _compile(job: Job) -> Row:
         program.stage,
         program.prologue,
         program.scalars,
-        program.terms,
+        program.sums,
         program.scaled,
         dtype,
         dtype,

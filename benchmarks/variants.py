@@ -11,7 +11,7 @@ import torch
 import oput_dist as oput
 from oput_dist.engine.recipe import prologue_of
 from oput_dist.kernels.math import square_terms
-from oput_dist.kernels.stage import Measure, Prologue, Stage
+from oput_dist.kernels.stage import WHOLE, Measure, Prologue, Stage
 from oput_dist.optimizers import OPTIMIZERS
 
 __all__ = ["Program", "Variant", "programs", "variants"]
@@ -60,12 +60,10 @@ class Variant:
         """What its step runs on gradients of one dtype."""
         optimizer = self.build([torch.zeros(1)])
         (group,) = optimizer.param_groups
-        recipe = optimizer.recipe(group)
+        recipe = optimizer.recipe(group, (1,))
         kind, scaled = type(optimizer.scalars(group, 1)), "max_grad_norm" in self.options
-        sums = 0
-        for stage, terms in zip(recipe.stages, recipe.terms, strict=True):
-            yield Program(stage, prologue_of(recipe, group), kind, terms or sums, scaled, len(recipe.state))
-            sums = terms + 1 if terms else 0  # what an Apply reads: the sums, and the number of elements
+        for number, stage in enumerate(recipe.stages):
+            yield Program(stage, prologue_of(recipe, group), kind, recipe.width(number), scaled, len(recipe.state))
 
 
 class Program(NamedTuple):
@@ -74,7 +72,7 @@ class Program(NamedTuple):
     stage: Stage
     prologue: Prologue
     scalars: type
-    terms: int
+    sums: int
     scaled: bool
     states: int
 
@@ -114,7 +112,7 @@ class _NormScalars(NamedTuple):
     order: float
 
 
-GRADIENT_NORM = Program(Measure(square_terms, terms=1, writes_state=False), Prologue(), _NormScalars, 1, False, 0)
+GRADIENT_NORM = Program(Measure(square_terms, (WHOLE,), writes_state=False), Prologue(), _NormScalars, 0, False, 0)
 
 
 def variants() -> list[Variant]:

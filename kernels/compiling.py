@@ -41,7 +41,7 @@ def compile_stage(
     stage: Stage,
     prologue: Prologue,
     scalars: type,
-    terms: int = 0,
+    sums: int = 0,
     scaled: bool = False,
     p: torch.dtype = torch.float32,
     g: torch.dtype = torch.float32,
@@ -52,7 +52,7 @@ def compile_stage(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fixed = constexprs(stage, prologue, scalars, terms, scaled, p, g, state)
+    fixed = constexprs(stage, prologue, scalars, sums, scaled, p, g, state)
     pointers = {
         "table": "*i64",
         "hyper": "*fp64",

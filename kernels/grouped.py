@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .language import HAS_TRITON, jit, tl
-from .stage import Apply, Decay, Measure, Prologue, Stage, Update
+from .math import passed_on
+from .stage import Apply, Decay, Factors, Measure, Prologue, Stage, Update
 
 __all__ = ["BLOCK", "constexprs", "grouped", "num_warps", "segmented_sum"]
 
@@ -56,6 +57,7 @@ def _tile(
     KIND: tl.constexpr,
     N_H: tl.constexpr,
     N_TERMS: tl.constexpr,
+    N_SUMS: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -88,17 +90,25 @@ def _tile(
         g = g + decay * p
     if DECAY == 2 and KIND != 1:
         p = p * decay
+    if N_SUMS > 0:
+        c = FACTORS(_scalars(sums, N_SUMS, C), h)
     if KIND == 0:
-        p, state = RULE(p, g, state, h)
+        if N_SUMS > 0:
+            p, state = RULE(p, g, state, h, c)
+        else:
+            p, state = RULE(p, g, state, h)
     elif KIND == 1:
-        state, terms = RULE(p, g, state, h)
+        if N_SUMS > 0:
+            state, terms = RULE(p, g, state, h, c)
+        else:
+            state, terms = RULE(p, g, state, h)
         for i in tl.static_range(N_TERMS):
             term = terms[i]
             if MASKED:
                 term = tl.where(mask, term, 0.0)
             tl.store(partial + i, tl.sum(term).to(tl.float64))
     else:
-        p = RULE(p, g, state, h, FACTORS(_scalars(sums, N_TERMS, C), h))
+        p = RULE(p, g, state, h, c)
     if KIND != 1:
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
@@ -120,6 +130,7 @@ def grouped(
     KIND: tl.constexpr,
     N_H: tl.constexpr,
     N_TERMS: tl.constexpr,
+    N_SUMS: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -133,7 +144,7 @@ def grouped(
     """Program ``i`` runs the stage on tile ``tiles[i]``; see the module's docstring for the arguments.
 
     ``scale`` is one float64 that multiplies every gradient; ``partial`` receives one row of sums per tile (Measure);
-    ``sums`` holds one row of global sums per tensor (Apply).
+    ``sums`` holds one row of global sums, or of factors, per tensor (a stage that follows a Measure).
     """
     pid = tl.program_id(0).to(tl.int64)
     tensor = tl.load(tiles + 2 * pid).to(tl.int64)
@@ -142,13 +153,13 @@ def grouped(
     numel = tl.load(row)
     hyper = hyper + tensor * (1 + N_H)
     partial = partial + pid * N_TERMS
-    sums = sums + tensor * N_TERMS
+    sums = sums + tensor * N_SUMS
     if (start + BLOCK <= numel) & (tl.load(row + 1) != 0):
-        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, DECAY, MAXIMIZE,
-              SCALED, WRITES_STATE, P, G, S, C, BLOCK, False)  # fmt: skip
+        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, N_SUMS,
+              DECAY, MAXIMIZE, SCALED, WRITES_STATE, P, G, S, C, BLOCK, False)  # fmt: skip
     else:
-        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, DECAY, MAXIMIZE,
-              SCALED, WRITES_STATE, P, G, S, C, BLOCK, True)  # fmt: skip
+        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, N_SUMS,
+              DECAY, MAXIMIZE, SCALED, WRITES_STATE, P, G, S, C, BLOCK, True)  # fmt: skip
 
 
 @jit
@@ -186,7 +197,7 @@ def constexprs(
     stage: Stage,
     prologue: Prologue,
     scalars: type,
-    terms: int,
+    sums: int,
     scaled: bool,
     p: torch.dtype,
     g: torch.dtype,
@@ -198,17 +209,18 @@ def constexprs(
         stage: what to run.
         prologue: what comes before the rule.
         scalars: the NamedTuple class of the rule's ``h``.
-        terms: terms of the measure that belongs to the stage (0 for an update).
+        sums: values of each row of sums that the stage is given (0 if it follows no measure).
         scaled: whether a gradient scale is given.
         p, g, state: dtypes of parameter, gradient and each state.
     """
     return {
         "RULE": stage.rule,
-        "FACTORS": stage.factors if isinstance(stage, Apply) else stage.rule,
+        "FACTORS": stage.given.rule if isinstance(stage.given, Factors) else passed_on,
         "H": scalars,
         "KIND": _KINDS[type(stage)],
         "N_H": len(scalars._fields),  # type: ignore[attr-defined]
-        "N_TERMS": terms,
+        "N_TERMS": stage.terms if isinstance(stage, Measure) else 0,
+        "N_SUMS": sums,
         "DECAY": prologue.decay.value,
         "MAXIMIZE": prologue.maximize,
         "SCALED": scaled,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .language import rule, tl
 
-__all__ = ["adam_moments", "at_least", "at_most", "lerp", "sign", "square_terms"]
+__all__ = ["adam_moments", "at_least", "at_most", "lerp", "passed_on", "sign", "square_terms"]
 
 
 @rule
@@ -35,6 +35,12 @@ def sign(x):
 def adam_moments(g, m, v, h):
     """First and second moment, not bias-corrected. Needs ``h.weight1`` and ``h.weight2`` (1 - beta)."""
     return lerp(m, g, h.weight1), lerp(v, g * g, h.weight2)
+
+
+@rule
+def passed_on(sums, h):
+    """What is given in place of sums, as it is."""
+    return sums
 
 
 @rule

@@ -1,57 +1,135 @@
-"""The stages of an update: one pass over the tensors each.
+"""The stages of an update: one pass over the tensors each, and what happens between two of them.
 
-An elementwise optimizer has one :class:`Update`. An optimizer that needs norms has a :class:`Measure`, whose terms the
-engine sums over the whole parameter whatever its sharding, and an :class:`Apply`, which receives what follows from
-the sums.
+An elementwise optimizer has one :class:`Update`. An optimizer that needs sums has a :class:`Measure`, whose terms the
+engine sums over the whole parameter, or over all of its axes but some, whatever its sharding; and after it an
+:class:`Apply` (or an Update, or another Measure), which receives what follows from the sums as its last argument ``c``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .language import Rule
 
-__all__ = ["Apply", "Decay", "Measure", "Prologue", "Stage", "Update"]
+__all__ = [
+    "WHOLE",
+    "Apply",
+    "Axes",
+    "Decay",
+    "Factors",
+    "Given",
+    "Joint",
+    "Measure",
+    "Prologue",
+    "Stage",
+    "Update",
+    "Vectors",
+]
+
+Axes: TypeAlias = tuple[int, ...]
+"""The axes of a parameter, ascending, that a sum or a vector keeps: ``()`` for one value, ``(0,)`` for one per row."""
+
+WHOLE: Axes = ()
+"""One value for the whole parameter."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``rule(sums, h) -> tuple`` of scalars, once per parameter, from its own sums: each term's total over the whole
+    parameter, then the number of elements that were summed. Runs inside the kernel that needs it.
+
+    Args:
+        rule: the rule.
+        n: how many scalars it returns.
+    """
+
+    rule: Rule
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """``fn(sums, vectors, h) -> (vectors, factors)``, once per parameter, in torch operations and float64.
+
+    For what needs more than the parameter's own totals: sums over rows or columns, and state that is not
+    parameter-shaped. It is called for all parameters of one shape together, so every tensor has a leading axis for
+    them and then the parameter's axes, of size one where summed: everything broadcasts. All ranks call it with the same
+    numbers, also those that hold nothing of the parameter or had no gradient.
+
+    Args:
+        fn: the function. ``sums`` are the totals of each term, then ``count``, the number of elements with a gradient,
+            and ``step``, the parameter's step count; use it rather than a count inside ``h``, since a rank that had no
+            gradient has not counted. ``vectors`` is the vector state of the recipe. New vectors are stored only if
+            some rank had a gradient.
+        axes: what each factor keeps, in order. Stages that follow also receive the factors of earlier ``Vectors``,
+            before these.
+    """
+
+    fn: Callable[[Any, Any, Any], tuple[Any, Any]]
+    axes: tuple[Axes, ...]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """``fn(totals, kept, h, loss) -> (kept, factors)``, once per parameter group, in torch operations and float64.
+
+    For sums over all parameters of the model.
+
+    Args:
+        fn: the function. ``totals`` are the sums of each term over all parameters of all groups, then the number of
+            elements; ``kept`` the group's running scalars (``Recipe.kept``), ``loss`` the mean loss over the
+            data-parallel ranks. All are 0-d, float64, on the device. New scalars are stored only if some rank had a
+            gradient.
+        n: how many scalars ``factors`` has.
+    """
+
+    fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    n: int = 1
+
+
+Given: TypeAlias = Factors | Vectors | Joint
+"""What comes between a Measure and the next stage, and gives the ``c`` of that stage."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """``rule(p, g, state, h) -> (p, state)``: reads and writes everything in one pass."""
+    """``rule(p, g, state, h) -> (p, state)``: reads and writes everything in one pass; with ``c`` after a Measure."""
 
     rule: Rule
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
 class Measure:
-    """``rule(p, g, state, h) -> (state, terms)``: writes the state, and sums each term over the whole parameter.
+    """``rule(p, g, state, h) -> (state, terms)``: writes the state and sums each term; with ``c`` after a Measure.
 
     Args:
         rule: the rule.
-        terms: how many terms it returns.
+        sums: for each term the axes that its sum keeps; ``WHOLE`` for the sum over the whole parameter.
         writes_state: whether the state changes; without, it is not stored.
+        given: what comes before, if this follows another Measure.
     """
 
     rule: Rule
-    terms: int
+    sums: tuple[Axes, ...]
     writes_state: bool = True
+    given: Given | None = None
+
+    @property
+    def terms(self) -> int:
+        """How many terms the rule returns."""
+        return len(self.sums)
 
 
 @dataclass(frozen=True)
 class Apply:
-    """``rule(p, g, state, h, c) -> p`` with ``c = factors(sums, h)``: writes the parameter.
-
-    Args:
-        rule: the rule.
-        factors: ``factors(sums, h) -> tuple`` of scalars, evaluated once per parameter from the global sums of the
-            :class:`Measure` before it.
-        n_factors: how many scalars that is.
-    """
+    """``rule(p, g, state, h, c) -> p``: writes the parameter, reads the state."""
 
     rule: Rule
-    factors: Rule
-    n_factors: int = 1
+    given: Given
 
 
 Stage: TypeAlias = Update | Measure | Apply

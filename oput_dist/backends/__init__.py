@@ -11,7 +11,7 @@ import torch
 
 from oput_dist.kernels.language import HAS_TRITON
 
-from .batch import Backend, Batch, Row, Scalars, compute_dtype
+from .batch import Backend, Batch, Boxes, Row, Scalars, compute_dtype
 from .torchlike import Compile, Eager, Foreach
 from .transfer import send
 from .triton import Triton
@@ -20,6 +20,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Batch",
+    "Boxes",
     "Row",
     "Scalars",
     "backend",

@@ -13,7 +13,7 @@ from oput_dist.kernels.stage import Prologue, Stage
 
 from .transfer import send
 
-__all__ = ["Backend", "Batch", "Scalars", "compute_dtype"]
+__all__ = ["Backend", "Batch", "Boxes", "Scalars", "compute_dtype"]
 
 Row = tuple[Any, ...]
 """``(decay, *h)``: Python floats, or 0-d tensors on the device for what only the device knows."""
@@ -73,6 +73,21 @@ class Batch:
     """For what a backend keeps from step to step as long as the same tensors are batched."""
 
 
+@dataclass
+class Boxes:
+    """A batch whose stage sees the axes of its parameters: n-d views of boxes of them, none empty."""
+
+    p: list[torch.Tensor]
+    g: list[torch.Tensor]
+    state: list[tuple[torch.Tensor, ...]]
+    which: list[int]
+    """For each box, the index of its tensor in :attr:`batch`."""
+    factors: list[tuple[torch.Tensor, ...]]
+    """For each box, what the stage is given: tensors that broadcast against it."""
+    batch: Batch
+    """The whole tensors, with their scalars."""
+
+
 class Backend(Protocol):
     """Runs stages on local tensors."""
 
@@ -89,5 +104,14 @@ class Backend(Protocol):
 
         Returns:
             for a Measure: float64, a row per tensor, the sum of each term over the local piece.
+        """
+        ...
+
+    def run_boxes(self, stage: Stage, boxes: Boxes) -> list[tuple[torch.Tensor, ...]]:
+        """Run a stage in place that sums over some axes only, or is given vectors.
+
+        Returns:
+            for a Measure: for each box the sum of each term, float64, of size one along the axes that were summed;
+            else nothing.
         """
         ...

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import torch
 
 from oput_dist.kernels.language import as_torch, fresh_function
-from oput_dist.kernels.stage import Apply, Decay, Measure, Prologue, Stage, Update
+from oput_dist.kernels.math import passed_on
+from oput_dist.kernels.stage import Apply, Axes, Decay, Factors, Measure, Prologue, Stage, Update
 
 from .batch import compute_dtype
 
@@ -16,16 +17,17 @@ __all__ = ["Body", "body_of", "factors_of"]
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 Body: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, Tensors, torch.Tensor, torch.Tensor | None, torch.Tensor | None], Tensors
+    [torch.Tensor, torch.Tensor, Tensors, torch.Tensor, torch.Tensor | None, torch.Tensor | Tensors | None], Tensors
 ]
 """``body(p, g, state, row, scale, c)``, in place.
 
-``row`` is ``[decay, *h]`` in the compute dtype, ``scale`` 0-d or None, ``c`` the factors: one 0-d or elementwise tensor
-in each row. Returns the terms of a Measure, elementwise or summed; nothing otherwise.
+``row`` is ``[decay, *h]`` in the compute dtype, ``scale`` 0-d or None, ``c`` the factors: a tensor with a 0-d or
+elementwise one in each row, or a tuple of tensors that broadcast against a box. Returns the terms of a Measure,
+elementwise or summed; nothing otherwise.
 """
 
 
-def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
+def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: int | None = None) -> Body:
     """The body of a stage, with a code object of its own.
 
     Args:
@@ -33,8 +35,21 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
         prologue: what precedes the rule.
         kind: the NamedTuple class of ``h``.
         summed: whether a Measure returns sums, in float64, in place of elementwise terms.
+        ndim: the number of axes of a box, whose sums keep axes as the stage says; None for flat tensors, summed whole.
     """
     rule = as_torch(stage.rule)
+    summed_axes = [_others(axes, ndim) for axes in stage.sums] if isinstance(stage, Measure) else []
+
+    def total(term: torch.Tensor, axes: Axes | None) -> torch.Tensor:
+        if axes is None:
+            return term.sum(dtype=torch.float64)
+        return term.sum(axes, keepdim=True, dtype=torch.float64) if axes else term.to(torch.float64)
+
+    def factors(c: Any) -> tuple[Tensors, ...]:
+        """The last argument of the rule, where it takes one."""
+        if stage.given is None:
+            return ()
+        return (c.unbind() if isinstance(c, torch.Tensor) else c,)
 
     def prepare(p: torch.Tensor, g: torch.Tensor, decay: torch.Tensor, scale: torch.Tensor | None) -> Tensors:
         compute = compute_dtype(p.dtype)
@@ -55,7 +70,7 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
     def update(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
         p_in, g_in = prepare(p, g, decay, scale)
-        p_out, state_out = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h))
+        p_out, state_out = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
         p.copy_(p_out)
         for old, new in zip(state, state_out):  # noqa: B905 - Dynamo does not trace strict=
             old.copy_(new)
@@ -64,24 +79,31 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
     def measure(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
         p_in, g_in = prepare(p, g, decay, scale)
-        state_out, terms = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h))
+        state_out, terms = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
         if stage.writes_state:  # type: ignore[union-attr]
             for old, new in zip(state, state_out):  # noqa: B905
                 old.copy_(new)
-        return tuple(term.sum(dtype=torch.float64) for term in terms) if summed else terms
+        if not summed:
+            return tuple(terms)
+        return tuple(total(term, axes) for term, axes in zip(terms, summed_axes))  # noqa: B905
 
     def apply(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
         p_in, g_in = prepare(p, g, decay, scale)
-        p.copy_(rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), c.unbind()))
+        p.copy_(rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c)))
         return ()
 
     template = {Update: update, Measure: measure, Apply: apply}[type(stage)]
     return fresh_function(template)  # type: ignore[arg-type]
 
 
-def factors_of(stage: Apply, rows: torch.Tensor, kind: type, sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The factors of every tensor of a batch at once.
+def _others(axes: Axes, ndim: int | None) -> Axes | None:
+    """The axes that a sum runs over."""
+    return None if ndim is None else tuple(axis for axis in range(ndim) if axis not in axes)
+
+
+def factors_of(stage: Stage, rows: torch.Tensor, kind: type, sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The factors of every tensor of a batch at once: of its sums, or as the engine passes them on in their place.
 
     Args:
         stage: the stage.
@@ -94,4 +116,5 @@ def factors_of(stage: Apply, rows: torch.Tensor, kind: type, sums: torch.Tensor,
         ``[factors, tensors]``
     """
     columns = rows.to(dtype).unbind(1)[1:]
-    return torch.stack(as_torch(stage.factors)(sums.to(dtype).unbind(1), kind(*columns)))
+    rule = stage.given.rule if isinstance(stage.given, Factors) else passed_on
+    return torch.stack(as_torch(rule)(sums.to(dtype).unbind(1), kind(*columns)))

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from oput_dist.kernels.stage import Apply, Measure, Prologue, Stage, Update
+from oput_dist.kernels.stage import Axes, Measure, Prologue, Stage, Update
 
-from .batch import Batch, compute_dtype
+from .batch import Batch, Boxes, compute_dtype
 from .body import Body, body_of, factors_of
 from .packing import Pack, packs, segment_sums
 from .transfer import send
@@ -41,8 +41,7 @@ class TorchBackend:
         scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
         rows = batch.scalars.distinct.to(dtype)
         factors = None
-        if isinstance(stage, Apply):
-            assert sums is not None
+        if sums is not None:
             factors = factors_of(stage, batch.scalars.table, batch.scalars.kind, sums, dtype)
         single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
         out = torch.empty(len(batch.p), stage.terms, dtype=torch.float64, device=rows.device) if isinstance(
@@ -104,17 +103,60 @@ class TorchBackend:
         for number in changed:
             torch._foreach_copy_(lists[number], gathered[number][1])
 
-    def _body(self, stage: Stage, batch: Batch, summed: bool) -> Body:
+    def run_boxes(self, stage: Stage, boxes: Boxes) -> list[tuple[torch.Tensor, ...]]:
+        """See :class:`Backend`."""
+        batch = boxes.batch
+        dtype = compute_dtype(batch.p[0].dtype)
+        scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
+        rows = batch.scalars.distinct.to(dtype)
+        sums = []
+        for i, p in enumerate(boxes.p):
+            body = self._body(stage, batch, summed=True, ndim=p.dim())
+            row = rows[batch.scalars.which[boxes.which[i]]]
+            tensors = (p, boxes.g[i], *boxes.state[i])
+            parts = _row_ranges(p, self.chunk)
+            made = [
+                body(a, b, tuple(rest), row, scale, tuple(_rows(c, start, stop) for c in boxes.factors[i]))
+                for start, stop in parts
+                for a, b, *rest in [[t[start:stop] if len(parts) > 1 else t for t in tensors]]
+            ]
+            if isinstance(stage, Measure):
+                sums.append(
+                    tuple(_joined(terms, axes) for terms, axes in zip(zip(*made, strict=True), stage.sums, strict=True))
+                )
+        return sums
+
+    def _body(self, stage: Stage, batch: Batch, summed: bool, ndim: int | None = None) -> Body:
         kind = batch.scalars.kind
         dtypes = (batch.p[0].dtype, batch.g[0].dtype, *(s.dtype for s in batch.state[0]))
-        key = (stage, batch.prologue, kind, summed, batch.scale is None, dtypes, batch.p[0].device)
+        key = (stage, batch.prologue, kind, summed, ndim, batch.scale is None, dtypes, batch.p[0].device)
         if key not in self._bodies:
-            self._bodies[key] = self.make_body(stage, batch.prologue, kind, summed)
+            self._bodies[key] = self.make_body(stage, batch.prologue, kind, summed, ndim)
         return self._bodies[key]
 
-    def make_body(self, stage: Stage, prologue: Prologue, kind: type, summed: bool) -> Body:
+    def make_body(self, stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: int | None = None) -> Body:
         """The body in the form that this backend runs."""
-        return self.prepare(body_of(stage, prologue, kind, summed), stage)
+        return self.prepare(body_of(stage, prologue, kind, summed, ndim), stage)
+
+
+def _row_ranges(p: torch.Tensor, chunk: int) -> list[tuple[int, int]]:
+    """Ranges of the first axis, of about ``chunk`` elements each."""
+    if p.dim() == 0:
+        return [(0, 1)]
+    rows = max(1, chunk // max(1, p.numel() // p.shape[0]))
+    return [(start, min(start + rows, p.shape[0])) for start in range(0, p.shape[0], rows)]
+
+
+def _rows(factor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The rows of a factor that belong to a range of the first axis."""
+    return factor[start:stop] if factor.dim() and factor.shape[0] > 1 else factor
+
+
+def _joined(terms: tuple[torch.Tensor, ...], axes: Axes) -> torch.Tensor:
+    """One sum of a box from those of its ranges of the first axis."""
+    if len(terms) == 1:
+        return terms[0]
+    return torch.cat(terms) if 0 in axes else torch.stack(terms).sum(0)
 
 
 class Eager(TorchBackend):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, segmented_sum
-from oput_dist.kernels.stage import Apply, Measure, Stage
+from oput_dist.kernels.stage import Measure, Stage
 
-from .batch import Batch
+from .batch import Batch, Boxes
+from .torchlike import Compile, Eager
 from .transfer import send
 
 __all__ = ["Triton"]
@@ -31,16 +32,19 @@ class Triton:
 
     name = "triton"
 
+    def __init__(self) -> None:
+        self._compile, self._eager = Compile(), Eager()
+
     def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
         """See :class:`Backend`."""
         device = batch.p[0].device
         grid = _grid(batch, device)
-        terms = stage.terms if isinstance(stage, Measure) else sums.shape[1] if sums is not None else 0
+        terms = stage.terms if isinstance(stage, Measure) else 0
         fixed = constexprs(
             stage,
             batch.prologue,
             batch.scalars.kind,
-            terms,
+            0 if sums is None else sums.shape[1],
             batch.scale is not None,
             batch.p[0].dtype,
             batch.g[0].dtype,
@@ -57,7 +61,7 @@ class Triton:
                 grid.tiles,
                 hyper if batch.scale is None else batch.scale,
                 partial,
-                sums.contiguous() if isinstance(stage, Apply) and sums is not None else hyper,
+                hyper if sums is None else sums.contiguous(),
                 **fixed,
                 num_warps=num_warps(torch.version.hip is not None),
             )
@@ -66,6 +70,11 @@ class Triton:
             out = torch.empty(len(batch.p), terms, dtype=torch.float64, device=device)
             segmented_sum[(len(batch.p),)](partial, grid.first_tile, out, N_TERMS=terms, BLOCK=BLOCK)
         return out
+
+    def run_boxes(self, stage: Stage, boxes: Boxes) -> list[tuple[torch.Tensor, ...]]:
+        """See :class:`Backend`. On a GPU torch.compile makes Triton kernels of these stages."""
+        backend = self._compile if boxes.p[0].device.type == "cuda" else self._eager
+        return backend.run_boxes(stage, boxes)
 
 
 def _grid(batch: Batch, device: torch.device) -> _Grid:

@@ -10,47 +10,63 @@ import torch.distributed as dist
 
 __all__ = ["Schedule", "packed_sum"]
 
+Groups = tuple[dist.ProcessGroup, ...]
+Range = tuple[int, int]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Schedule:
-    """Which rows of a table of sums are added up over which group. Static: made from metadata only.
+    """Where items lie in a flat table, and which ranges of it are added up over which group.
 
-    Two groups of the same ranks count as one, so that meshes made apart still share one all-reduce.
+    Static: made from metadata only, so that no rank can wait for a collective that another does not make. Two groups
+    of the same ranks count as one, so that meshes made apart still share one all-reduce.
     """
 
-    groups: list[tuple[dist.ProcessGroup, torch.Tensor | None]]
-    """Each group with the indices of its rows; None for all rows."""
+    size: int
+    """Values of the table."""
+    starts: list[int]
+    """Where each item begins."""
+    ranges: list[tuple[dist.ProcessGroup, list[Range]]]
+    """Each group with what is added up over it."""
 
     @classmethod
-    def of(cls, row_groups: Sequence[tuple[dist.ProcessGroup, ...]], device: torch.device) -> Schedule:
-        """The schedule for rows of which row ``i`` is spread over ``row_groups[i]``.
+    def of(cls, items: Sequence[tuple[Groups, int]]) -> Schedule:
+        """The schedule for items, each spread over some groups and of some size.
 
-        Groups are taken in the order of first appearance, which is the same on all ranks because parameters are.
+        Items that are spread alike lie next to each other, in order, so that most groups have one range. Groups come in
+        the order of first appearance, which is the same on all ranks because items are.
         """
-        rows: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[int]]] = {}
-        for row, groups in enumerate(row_groups):
-            for group in groups:
-                ranks = tuple(dist.get_process_group_ranks(group))
-                rows.setdefault(ranks, (group, []))[1].append(row)
-        every = len(row_groups)
-        return cls(
-            [
-                (group, None if len(indices) == every else torch.tensor(indices, device=device))
-                for group, indices in rows.values()
-            ]
-        )
+        keys = [tuple(tuple(dist.get_process_group_ranks(group)) for group in groups) for groups, _ in items]
+        order = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        starts, at = [0] * len(items), 0
+        ranges: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[Range]]] = {}
+        for i in sorted(range(len(items)), key=lambda i: order[keys[i]]):
+            groups, size = items[i]
+            starts[i] = at
+            for ranks, group in zip(keys[i], groups, strict=True):
+                _extend(ranges.setdefault(ranks, (group, []))[1], at, at + size)
+            at += size
+        return cls(at, starts, list(ranges.values()))
+
+
+def _extend(ranges: list[Range], start: int, stop: int) -> None:
+    if ranges and ranges[-1][1] == start:
+        ranges[-1] = (ranges[-1][0], stop)
+    else:
+        ranges.append((start, stop))
 
 
 def packed_sum(table: torch.Tensor, schedule: Schedule, maximum: bool = False) -> None:
-    """Add up ``table`` (rows x values) in place over the groups of the schedule: one all-reduce for each.
+    """Add up a flat ``table`` in place over the groups of the schedule: one all-reduce for each.
 
     With ``maximum`` the largest value is taken in place of the sum.
     """
     op = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-    for group, indices in schedule.groups:
-        if indices is None:
-            dist.all_reduce(table, op=op, group=group)
+    for group, ranges in schedule.ranges:
+        parts = [table[start:stop] for start, stop in ranges]
+        if len(parts) == 1:
+            dist.all_reduce(parts[0], op=op, group=group)
         else:
-            part = table[indices]
-            dist.all_reduce(part, op=op, group=group)
-            table[indices] = part
+            packed = torch.cat(parts)
+            dist.all_reduce(packed, op=op, group=group)
+            torch._foreach_copy_(parts, list(torch.split(packed, [len(part) for part in parts])))

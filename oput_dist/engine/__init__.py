@@ -2,7 +2,7 @@
 
 from .norm import clip_grad_norm_
 from .optimizer import Common, Optimizer, Params
-from .recipe import Group, Recipe, decay_rate
+from .recipe import Group, Recipe, Shape, decay_rate
 from .size import state_bytes
 
-__all__ = ["Common", "Group", "Optimizer", "Params", "Recipe", "clip_grad_norm_", "decay_rate", "state_bytes"]
+__all__ = ["Common", "Group", "Optimizer", "Params", "Recipe", "Shape", "clip_grad_norm_", "decay_rate", "state_bytes"]

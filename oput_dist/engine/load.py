@@ -63,7 +63,7 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
 
 def _adopted(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group, own: bool) -> dict[str, Any]:
     """The state of one parameter as this rank keeps it; ``own`` if this class saved it, options as they then were."""
-    owner, names = type(optimizer).__name__, optimizer.recipe(group).state
+    owner, names = type(optimizer).__name__, optimizer.recipe(group, slot.layout.shape).state
     entries = {name: value for name, value in entries.items() if value is not None}
     if not own:  # from elsewhere: only what fits exactly
         for name in entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,19 +10,19 @@ import torch
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.math import square_terms
-from oput_dist.kernels.stage import Measure, Prologue
+from oput_dist.kernels.stage import WHOLE, Measure, Prologue
 from oput_dist.layout import LayoutError, dense_strides, flat, layout_of, whole_or_local
 
-__all__ = ["clip_factor", "clip_grad_norm_", "square_sums"]
+__all__ = ["clip_factor", "clip_grad_norm_", "power_table"]
 
-_NORM = Measure(square_terms, terms=1, writes_state=False)
+_NORM = Measure(square_terms, (WHOLE,), writes_state=False)
 
 
 class _NormScalars(NamedTuple):
     order: float
 
 
-def square_sums(tensors: Sequence[torch.Tensor], backends: tuple[str, ...] = BACKENDS) -> torch.Tensor:
+def _square_sums(tensors: Sequence[torch.Tensor], backends: tuple[str, ...]) -> torch.Tensor:
     """``[tensors, 1]``, float64: the sum of squares of each of some flat tensors of one dtype and device."""
     device = tensors[0].device
     scalars = Scalars(_NormScalars, [(0.0, 2.0)], [0] * len(tensors), device)
@@ -84,6 +84,34 @@ def clip_grad_norm_(
     return norm
 
 
+def power_table(
+    pieces: Mapping[int, torch.Tensor],
+    schedule: Schedule,
+    device: torch.device,
+    order: float = 2.0,
+    backends: tuple[str, ...] = BACKENDS,
+) -> torch.Tensor:
+    """What the norm of an order adds up (or takes the maximum of), for each of some parameters, over all ranks.
+
+    Args:
+        pieces: this rank's pieces of the gradients, flat and not empty, by number of the parameter.
+        schedule: of one value for each parameter.
+        device: where the table is; pieces elsewhere are left out.
+        order: of the norm.
+        backends: that may run.
+    """
+    table = torch.zeros(schedule.size, dtype=torch.float64, device=device)
+    kinds: dict[torch.dtype, list[int]] = {}
+    for i, piece in pieces.items():
+        if piece.device == device:
+            kinds.setdefault(piece.dtype, []).append(i)
+    for rows in kinds.values():
+        places = send(torch.tensor([schedule.starts[i] for i in rows], device="cpu"), device)
+        table[places] = _powers([pieces[i] for i in rows], order, backends).squeeze(1)
+    packed_sum(table, schedule, maximum=order == float("inf"))
+    return table
+
+
 def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tensor:
     """The norm of all gradients together, float64 accumulation, in the widest dtype of the gradients."""
     layouts = [layout_of(parameter) for parameter in parameters]
@@ -96,28 +124,22 @@ def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tenso
         if parameter.grad is not None and (piece := layout.piece(parameter.grad)).numel()
     }
     devices = list(dict.fromkeys(parameter.device for parameter in parameters)) or [torch.device("cpu")]
+    largest = order == float("inf")
     totals = []
     for device in devices:
-        table = torch.zeros(len(parameters), 1, dtype=torch.float64, device=device)
-        for dtype in {piece.dtype for piece in pieces.values()}:
-            rows = [i for i, piece in pieces.items() if piece.device == device and piece.dtype == dtype]
-            if rows:
-                table[send(torch.tensor(rows, device="cpu"), device)] = _powers([pieces[i] for i in rows], order)
-        schedule = Schedule.of(
-            [x.groups if p.device == device else () for x, p in zip(layouts, parameters, strict=True)], device
-        )
-        packed_sum(table, schedule, maximum=order == float("inf"))
-        totals.append(table.max() if order == float("inf") else table.sum())
+        items = [(x.groups if p.device == device else (), 1) for x, p in zip(layouts, parameters, strict=True)]
+        table = power_table(pieces, Schedule.of(items), device, order)
+        totals.append(table.max() if largest else table.sum())
     total = torch.stack([t.to(devices[0], non_blocking=True) for t in totals])
-    norm = total.max() if order == float("inf") else total.sum() ** (1.0 / order)
+    norm = total.max() if largest else total.sum() ** (1.0 / order)
     wide = any(piece.dtype == torch.float64 for piece in pieces.values())
     return norm if wide else norm.float()
 
 
-def _powers(tensors: Sequence[torch.Tensor], order: float) -> torch.Tensor:
-    """What the norm of an order adds up (or takes the maximum of), for each tensor."""
+def _powers(tensors: Sequence[torch.Tensor], order: float, backends: tuple[str, ...]) -> torch.Tensor:
+    """``[tensors, 1]``: what the norm of an order adds up (or takes the maximum of), for each tensor."""
     if order == 2.0:
-        return square_sums(tensors)
+        return _square_sums(tensors, backends)
     if order == float("inf"):
         return torch.stack([t.abs().max().double() for t in tensors]).unsqueeze(1)
     return torch.stack([t.double().abs().pow(order).sum() for t in tensors]).unsqueeze(1)

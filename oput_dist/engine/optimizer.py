@@ -17,7 +17,7 @@ from oput_dist.backends import BACKENDS, check_backend
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive
 from .load import load_state_dict
 from .plan import Plan
-from .recipe import Group, Recipe
+from .recipe import Group, Recipe, Shape
 from .step import Options, Step
 
 __all__ = ["Common", "Optimizer", "Params"]
@@ -108,8 +108,8 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, every)
 
     @abstractmethod
-    def recipe(self, group: Group) -> Recipe:
-        """The stages and state of a group. Must not depend on the step."""
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
+        """The stages and state of the parameters of one global shape in a group. Must not depend on the step."""
 
     def validate(self, group: Group) -> None:
         """Raise ValueError for the first hyperparameter of a group that is out of range."""
@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._plan is None or self._plan.stale(self.param_groups):
             group = self._shard_group.group if self._shard_group is not None else None
             clip = self._options.max_grad_norm is not None
-            sums = [clip or any(self.recipe(g).terms) for g in self.param_groups]
+            sums = [clip or any(self.recipe(g, p.shape).measures for p in g["params"]) for g in self.param_groups]
             self._plan = Plan.of(self.param_groups, self.state, group, sums)
         return self._plan
 

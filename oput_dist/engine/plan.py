@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oput_dist.collectives import Schedule
 from oput_dist.layout import LayoutError, layout_of
 
 from .slot import Slot
@@ -27,10 +26,12 @@ class Plan:
     slots: list[Slot]
     counters: torch.Tensor
     """Steps taken by each parameter, fp32 on the CPU; ``state[p]["step"]`` are views of it."""
-    schedules: dict[torch.device, Schedule]
-    """For each device, which rows of the table of sums are added up over which group."""
+    devices: list[torch.device]
+    """The devices of the slots, in order of appearance."""
     caches: dict[Any, dict[Any, Any]] = field(default_factory=dict)
     """What backends keep for each bucket."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What the engine works out once from the slots: the schedules of collectives."""
 
     @classmethod
     def of(
@@ -63,7 +64,7 @@ class Plan:
                     raise LayoutError(f"{name}: this optimizer needs norms over whole parameters. {layout.why_no_sums}")
                 slots.append(Slot(parameter, name, layout, number, len(slots)))
         counters = torch.zeros(len(slots), dtype=torch.float32, device="cpu")
-        plan = cls(slots, counters, _schedules(slots))
+        plan = cls(slots, counters, list(dict.fromkeys(slot.device for slot in slots)))
         for slot in slots:
             if slot.parameter in state and "step" in state[slot.parameter]:
                 counters[slot.index] = float(state[slot.parameter]["step"])
@@ -95,6 +96,10 @@ class Plan:
                 self.counters[slot.index] = 0.0 if step is None else float(step)
                 entry["step"] = self.counters[slot.index]
 
+    def counter(self, slot: Slot) -> torch.Tensor:
+        """The step counter of a slot's parameter, a view."""
+        return self.counters[slot.index]
+
     def next_counts(self, active: Sequence[Slot], state: MutableMapping[torch.Tensor, dict[str, Any]]) -> list[int]:
         """What the counters of the active slots will be after this step; :meth:`count` makes it so."""
         self._adopt_counters(active, state)
@@ -107,14 +112,6 @@ class Plan:
             self.counters += 1
         else:
             self.counters[torch.tensor([slot.index for slot in active], dtype=torch.int64, device="cpu")] += 1
-
-
-def _schedules(slots: Sequence[Slot]) -> dict[torch.device, Schedule]:
-    devices = list(dict.fromkeys(slot.device for slot in slots))
-    return {
-        device: Schedule.of([slot.layout.groups if slot.device == device else () for slot in slots], device)
-        for device in devices
-    }
 
 
 def parameter_name(group: dict[str, Any], number: int, i: int) -> str:

@@ -2,38 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from oput_dist.kernels.stage import Decay, Measure, Prologue, Stage
+from oput_dist.kernels.stage import Axes, Decay, Factors, Joint, Measure, Prologue, Stage, Vectors
 
-__all__ = ["Group", "Recipe", "decay_rate", "decay_scalar", "prologue_of"]
+__all__ = ["Group", "Recipe", "Shape", "decay_rate", "decay_scalar", "prologue_of", "vector_shape"]
 
 Group = Mapping[str, Any]
 """A parameter group, lr and all."""
 
+Shape: TypeAlias = Sequence[int]
+"""The global shape of a parameter."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a group is updated.
+    """How the parameters of one shape in a group are updated.
 
     Args:
-        stages: an Update, or a Measure and an Apply in turn.
+        stages: an Update; or a Measure, and what follows from it; or several in turn.
         state: names of the state tensors, in the order in which the rules take them.
         decay: where weight decay enters: outside the rule, or ``Decay.NONE`` if the rule has an order of its own.
+        vectors: state that is not parameter-shaped: names, and the axes that each keeps (it has size one along the
+            others, and no axis at all if it keeps none).
+        kept: names of the scalars that a :class:`Joint` keeps in the parameter group.
     """
 
     stages: tuple[Stage, ...]
     state: tuple[str, ...] = ()
     decay: Decay = Decay.NONE
+    vectors: tuple[tuple[str, Axes], ...] = ()
+    kept: tuple[str, ...] = ()
+
+    def sums(self, number: int) -> tuple[Axes, ...]:
+        """What a stage measures: for each sum the axes that it keeps."""
+        stage = self.stages[number] if number < len(self.stages) else None
+        return stage.sums if isinstance(stage, Measure) else ()
+
+    def factors(self, number: int) -> tuple[Axes, ...]:
+        """The factors that a stage is given by :class:`Vectors` before it: the axes that each keeps."""
+        given = [stage.given for stage in self.stages[: number + 1]]
+        return tuple(axes for g in given if isinstance(g, Vectors) for axes in g.axes)
+
+    def width(self, number: int) -> int:
+        """How many scalars of each parameter a stage is given, if it is given scalars only."""
+        given = self.stages[number].given
+        if isinstance(given, Factors):
+            return len(self.sums(number - 1)) + 1
+        return given.n if isinstance(given, Joint) else len(self.factors(number))
+
+    def boxed(self, number: int) -> bool:
+        """Whether a stage must see a parameter's axes, since it sums over some of them or is given vectors."""
+        return any(self.sums(number)) or any(self.factors(number))
 
     @property
-    def terms(self) -> tuple[int, ...]:
-        """For each stage, how many sums of it must be known before the next one."""
-        return tuple(stage.terms if isinstance(stage, Measure) else 0 for stage in self.stages)
+    def measures(self) -> bool:
+        """Whether anything is summed."""
+        return any(isinstance(stage, Measure) for stage in self.stages)
+
+
+def vector_shape(shape: Shape, axes: Axes) -> tuple[int, ...]:
+    """The shape of what keeps some axes of a parameter: size one along the others; ``()`` if it keeps none."""
+    return tuple(size if axis in axes else 1 for axis, size in enumerate(shape)) if axes else ()
 
 
 def as_scalar(value: Any) -> Any:

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from oput_dist.layout import Layout, dense_strides, flat, same_order, whole_or_local
+from oput_dist.backends import compute_dtype
+from oput_dist.kernels.stage import Axes
+from oput_dist.layout import Box, Layout, dense_strides, flat, same_order, whole_or_local
+
+from .recipe import vector_shape
 
 __all__ = ["Slot"]
 
@@ -44,6 +48,30 @@ class Slot:
     def flat_parameter(self) -> torch.Tensor:
         """This rank's piece, 1-d. For a piece that is not dense, a copy: see :meth:`store`."""
         return self._flat if self._flat is not None else flat(self.piece, self.strides)
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """This rank's piece as boxes of the whole parameter."""
+        return self.layout.boxes
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The boxes of a flat tensor in the parameter's order."""
+        if len(self.boxes) == 1 and self.boxes[0].shape == self.piece.shape:
+            return [flat.as_strided(self.piece.shape, self.strides, flat.storage_offset())]
+        return [flat[box.start : box.start + torch.Size(box.shape).numel()].view(box.shape) for box in self.boxes]
+
+    def vector(self, state: MutableMapping[str, Any], name: str, axes: Axes) -> torch.Tensor:
+        """The memory of state that keeps some axes of the parameter only; zeros are made if it is missing.
+
+        Never of fewer bits than fp32, since it is small and much depends on it.
+        """
+        shape = vector_shape(self.layout.shape, axes)
+        if state.get(name) is None:
+            state[name] = self.layout.vector(shape, compute_dtype(self.dtype))
+        memory = self.layout.vector_memory(state[name])
+        if tuple(memory.shape) != shape:
+            raise ValueError(f"state {name!r} of {self.name} has shape {tuple(memory.shape)}, but it must be {shape}")
+        return memory
 
     def store(self, values: torch.Tensor) -> None:
         """Write a copy that :meth:`flat_parameter` made back to a piece that is not dense."""

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
-from oput_dist.collectives import gather_pieces, packed_sum
-from oput_dist.kernels.stage import Apply, Prologue
+from oput_dist.backends import BACKENDS, Batch, Boxes, Scalars, choose, send
+from oput_dist.collectives import Schedule, gather_pieces
+from oput_dist.kernels.stage import Joint, Prologue, Vectors
 
-from .norm import clip_factor, square_sums
+from .between import Between
+from .norm import clip_factor, power_table
 from .plan import Plan
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .slot import Slot
+from .sums import Boundary
 
 __all__ = ["Options", "Step"]
 
 State = MutableMapping[torch.Tensor, dict[str, Any]]
+Active = Sequence[tuple[Slot, torch.Tensor]]
+"""Slots with a gradient and elements of their own, each with its gradient."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,17 @@ class Options:
     backends: tuple[str, ...] = BACKENDS
     state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Groups beyond those of the layouts."""
+
+    model: tuple[dist.ProcessGroup, ...] = ()
+    """Over which different ranks hold different parameters (pipeline stages)."""
+    data: tuple[dist.ProcessGroup, ...] = ()
+    """Over which the batch loss is averaged."""
 
 
 @dataclass
@@ -38,10 +54,7 @@ class _Bucket:
     slots: list[Slot]
     recipe: Recipe
     batch: Batch
-    rows: torch.Tensor | None
-    """Rows of the slots in the table of sums, on the device; None for all rows in order."""
-    counts: torch.Tensor
-    """Elements of each slot's piece, ``[slots, 1]``, float64, on the device."""
+    steps: list[int]
 
     @property
     def numel(self) -> int:
@@ -56,10 +69,13 @@ class Step:
         plan: the plan.
         groups: the parameter groups.
         state: the optimizer's state.
-        recipe: the recipe of a group.
+        recipe: the recipe of a group and global shape.
         scalars: the NamedTuple ``h`` of a group at a step count.
         options: see :class:`Options`.
         first: whether this optimizer has neither stepped nor loaded state before; the same on all ranks.
+        spread: see :class:`Spread`.
+        loss: this rank's batch loss, where the optimizer needs it.
+        unscale: multiplies every gradient before all else: 0-d, on any device; None for 1.
     """
 
     def __init__(
@@ -67,36 +83,70 @@ class Step:
         plan: Plan,
         groups: Sequence[dict[str, Any]],
         state: State,
-        recipe: Callable[[Group], Recipe],
+        recipe: Callable[[Group, Sequence[int]], Recipe],
         scalars: Callable[[Group, int], Any],
         options: Options,
         first: bool,
+        spread: Spread = Spread(),
+        loss: torch.Tensor | float | None = None,
+        unscale: torch.Tensor | None = None,
     ) -> None:
-        self._plan, self._state, self._options, self._first = plan, state, options, first
+        self._plan, self.state, self._options, self._first = plan, state, options, first
+        self._spread, self._loss, self._unscale = spread, loss, unscale
+        self.real_groups, self.model_groups = groups, spread.model
+        self._steps: dict[Slot, int] = {}
         self._groups = [{**group, "lr": as_scalar(group["lr"])} for group in groups]
-        self._recipes = [recipe(group) for group in self._groups]
         self._scalars = scalars
+        made: dict[tuple[int, torch.Size], int] = {}
+        self._kinds: list[tuple[Recipe, Prologue]] = []  # one for slots that are updated alike
+        self._kind: list[int] = []
+        for slot in plan.slots:
+            key = (slot.group, slot.layout.shape)
+            if key not in made:
+                one = recipe(self._groups[slot.group], slot.layout.shape)
+                kind = (one, prologue_of(one, self._groups[slot.group]))
+                if kind not in self._kinds:
+                    self._kinds.append(kind)
+                made[key] = self._kinds.index(kind)
+            self._kind.append(made[key])
 
-    def run(self) -> None:
-        """Run it: checks first, so that nothing has changed when one of them raises."""
+    def run(self) -> bool:
+        """Run it: checks first, so that nothing has changed when one of them raises.
+
+        Returns:
+            False if the step was skipped because a gradient was not finite.
+        """
         slots = [slot for slot in self._plan.slots if updated(slot)]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
         gradients = self._without_rehearsal(gradients)
         present = [slot for slot, _ in gradients]
         for device in {slot.device for slot in present}:
             choose(self._options.backends, device, 0)
-        state = {slot: self._state_of(slot) for slot in present}
-        steps = dict(zip(present, self._plan.next_counts(present, self._state), strict=True))
         active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
-        scale = self._clip(active) if self._options.max_grad_norm is not None else {}
-        buckets = self._buckets(active, state, steps, scale)
+        self._check_loss(present)
+        scale = self._scale(active)
+        if scale is None:
+            return False
+        state = {slot: self._state_of(slot) for slot in present}
+        self._steps = dict(zip(present, self._plan.next_counts(present, self.state), strict=True))
+        buckets = self._buckets(active, state, scale)
         self._plan.count(present)
         self._run_stages(buckets)
         self._finish(buckets)
+        return True
+
+    def recipe_of(self, slot: Slot) -> Recipe:
+        """How a slot is updated."""
+        return self._kinds[self._kind[slot.index]][0]
 
     def _state_of(self, slot: Slot) -> tuple[torch.Tensor, ...]:
-        names = self._recipes[slot.group].state
-        return slot.flat_state(self._state[slot.parameter], names, self._options.state_dtype)
+        return slot.flat_state(self.state[slot.parameter], self.recipe_of(slot).state, self._options.state_dtype)
+
+    def _check_loss(self, present: Sequence[Slot]) -> None:
+        if self._loss is None and any(
+            isinstance(s.given, Joint) for slot in present for s in self.recipe_of(slot).stages
+        ):
+            raise ValueError("this optimizer needs the batch loss: call step(loss=loss) or step(closure)")
 
     def _without_rehearsal(self, gradients: list[tuple[Slot, torch.Tensor]]) -> list[tuple[Slot, torch.Tensor]]:
         """Make state, and drop from the step, what is only asked to create its state.
@@ -110,126 +160,194 @@ class Step:
         for slot in self._plan.slots:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
                 self._state_of(slot)
-                self._state[slot.parameter]["step"] = self._plan.counters[slot.index]
-        tables = self._tables(1)
-        for slot, gradient in gradients:
-            if slot.numel:
-                tables[slot.device][slot.index, 0] = gradient.count_nonzero()
-        self._reduce(tables)
-        return gradients if any(bool(table.any()) for table in tables.values()) else []
+                self._vectors_of(slot)
+                self.state[slot.parameter]["step"] = self._plan.counter(slot)
+        tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
+        return gradients if any(bool((table != 0).any()) for table in tables.values()) else []
+
+    def _vectors_of(self, slot: Slot) -> list[torch.Tensor]:
+        return [slot.vector(self.state[slot.parameter], name, axes) for name, axes in self.recipe_of(slot).vectors]
+
+    def _norm_tables(self, active: Active) -> dict[torch.device, torch.Tensor]:
+        """The squared norm of every parameter's gradient, on each device."""
+        memo, tables = self._plan.memo, {}
+        for device in self._plan.devices:
+            key = ("norm", device)
+            if key not in memo:
+                slots = self._plan.slots
+                memo[key] = Schedule.of([(slot.layout.groups if slot.device == device else (), 1) for slot in slots])
+            pieces = {slot.index: gradient for slot, gradient in active}
+            tables[device] = power_table(pieces, memo[key], device, 2.0, self._options.backends)
+        return tables
+
+    def _scale(self, active: Active) -> dict[torch.device, torch.Tensor] | None:
+        """What multiplies every gradient, on each device, where that is not 1; None to skip the step on all ranks."""
+        options, factor = self._options, self._unscale
+        if options.max_grad_norm is not None or options.skip_nonfinite:
+            tables = self._norm_tables(active)
+            home = next(iter(tables), torch.device("cpu"))
+            sums = [table.sum().to(home, non_blocking=True) for table in tables.values()]
+            total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+            for group in self._spread.model:
+                dist.all_reduce(total, group=group)
+            if options.skip_nonfinite and not bool(torch.isfinite(total)):
+                return None
+            if options.max_grad_norm is not None:
+                unscale = 1.0 if factor is None else factor.to(home, torch.float64)
+                factor = clip_factor(total.sqrt() * unscale, options.max_grad_norm) * unscale
+        if factor is None:
+            return {}
+        return {d: factor.to(d, torch.float64, non_blocking=True).reshape(1) for d in self._plan.devices}
 
     def _buckets(
         self,
-        active: Sequence[tuple[Slot, torch.Tensor]],
+        active: Active,
         state: dict[Slot, tuple[torch.Tensor, ...]],
-        steps: dict[Slot, int],
         scale: dict[torch.device, torch.Tensor],
     ) -> list[_Bucket]:
-        kinds = [
-            (recipe, prologue_of(recipe, group)) for recipe, group in zip(self._recipes, self._groups, strict=True)
-        ]
-        first = [kinds.index(kind) for kind in kinds]  # one small number for groups that are updated alike
         sorted_slots: dict[Any, list[tuple[Slot, torch.Tensor]]] = {}
         for slot, gradient in active:
-            key = (first[slot.group], slot.dtype, gradient.dtype, slot.device, *[s.dtype for s in state[slot]])
+            key = (self._kind[slot.index], slot.dtype, gradient.dtype, slot.device, *[s.dtype for s in state[slot]])
             if key in sorted_slots:
                 sorted_slots[key].append((slot, gradient))
             else:
                 sorted_slots[key] = [(slot, gradient)]
         buckets = []
         for key, members in sorted_slots.items():
-            recipe, prologue = kinds[key[0]]
-            buckets.append(self._bucket(recipe, prologue, members, state, steps, scale.get(key[3])))
+            recipe, prologue = self._kinds[key[0]]
+            slots = [slot for slot, _ in members]
+            batch = Batch(
+                p=[slot.flat_parameter() for slot in slots],
+                g=[gradient for _, gradient in members],
+                state=[state[slot] for slot in slots],
+                scalars=self.scalars_of(slots),
+                prologue=prologue,
+                scale=scale.get(key[3]),
+                cache=self._plan.cache((recipe, prologue, tuple(slot.index for slot in slots))),
+            )
+            buckets.append(_Bucket(slots, recipe, batch, [self._steps[slot] for slot in slots]))
         return buckets
 
-    def _bucket(
-        self,
-        recipe: Recipe,
-        prologue: Prologue,
-        members: Sequence[tuple[Slot, torch.Tensor]],
-        state: dict[Slot, tuple[torch.Tensor, ...]],
-        steps: dict[Slot, int],
-        scale: torch.Tensor | None,
-    ) -> _Bucket:
-        slots = [slot for slot, _ in members]
-        indices = [slot.index for slot in slots]
+    def scalars_of(self, slots: Sequence[Slot]) -> Scalars:
+        """The scalars of slots that are updated alike; one that does not count now is taken at its first step."""
+        prologue = self._kinds[self._kind[slots[0].index]][1]
         rows: dict[tuple[int, int], int] = {}
-        which = [rows.setdefault((slot.group, steps[slot]), len(rows)) for slot in slots]
+        which = [rows.setdefault((slot.group, self._steps.get(slot, 1)), len(rows)) for slot in slots]
         named = [self._scalars(self._groups[group], step) for group, step in rows]
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
-        device = slots[0].device
-        batch = Batch(
-            p=[slot.flat_parameter() for slot in slots],
-            g=[gradient for _, gradient in members],
-            state=[state[slot] for slot in slots],
-            scalars=Scalars(type(named[0]), values, which, device),
-            prologue=prologue,
-            scale=scale,
-            cache=self._plan.cache((recipe, prologue, tuple(indices))),
-        )
-        if "table_rows" not in batch.cache:
-            whole = indices == list(range(len(self._plan.slots)))
-            batch.cache["table_rows"] = None if whole else send(torch.tensor(indices, device="cpu"), device)
-            counts = torch.tensor([slot.numel for slot in slots], dtype=torch.float64, device="cpu")
-            batch.cache["table_counts"] = send(counts.unsqueeze(1), device)
-        return _Bucket(slots, recipe, batch, batch.cache["table_rows"], batch.cache["table_counts"])
+        return Scalars(type(named[0]), values, which, slots[0].device)
 
     def _run_stages(self, buckets: Sequence[_Bucket]) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
-        tables: dict[torch.device, torch.Tensor] = {}
-        for number in range(max(len(recipe.stages) for recipe in self._recipes)):
-            width = max(recipe.terms[number] for recipe in self._recipes if number < len(recipe.stages))
-            sums = self._tables(width + 1) if width else {}
+        between = Between(self)
+        for number in range(max((len(recipe.stages) for recipe, _ in self._kinds), default=0)):
+            boundaries = self._boundaries(number)
+            tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
-                    self._run_stage(number, bucket, tables, sums)
-            if width:
-                self._reduce(sums)
-            tables = sums
+                    self._run_stage(number, bucket, between, boundaries, tables)
+            for device, boundary in boundaries.items():
+                self._put_loss(boundary, tables[device])
+                boundary.reduce(tables[device])
+                between.settle(number, boundary, tables[device], device)
+            self._settle_jointly(number, between)
+
+    def _settle_jointly(self, number: int, between: Between) -> None:
+        recipes, h = {}, {}
+        for slot in self._plan.slots:
+            recipe = self.recipe_of(slot)
+            if slot.group not in recipes and recipe.sums(number) and isinstance(recipe.stages[number + 1].given, Joint):
+                recipes[slot.group] = recipe
+                h[slot.group] = self._scalars(self._groups[slot.group], self._steps.get(slot, 1))
+        if recipes:
+            between.settle_jointly(number, recipes, h)
+
+    def _boundaries(self, number: int) -> dict[torch.device, Boundary]:
+        """What is exchanged after a stage, on each device; nothing where nothing is."""
+        key = ("boundary", number, tuple(self._kind), tuple(self._kinds), self._spread)
+        if key not in self._plan.memo:
+            joint = any(
+                isinstance(recipe.stages[number + 1].given, Joint) for recipe, _ in self._kinds if recipe.sums(number)
+            )
+            made: dict[torch.device, Boundary] = {}
+            for device in self._plan.devices:
+                slots = [slot for slot in self._plan.slots if slot.device == device]
+                boundary = Boundary(slots, self.recipe_of, number, self._spread.data if joint and not made else None)
+                if not boundary.empty:
+                    made[device] = boundary
+            self._plan.memo[key] = made
+        known: dict[torch.device, Boundary] = self._plan.memo[key]
+        return known
+
+    def _put_loss(self, boundary: Boundary, table: torch.Tensor) -> None:
+        place = boundary.loss(table)
+        if place is not None and self._loss is not None:
+            ranks = 1
+            for group in self._spread.data:
+                ranks *= dist.get_world_size(group)
+            loss = torch.as_tensor(self._loss, dtype=torch.float64).detach()
+            place.copy_(loss.reshape(()) / ranks, non_blocking=True)
 
     def _run_stage(
         self,
         number: int,
         bucket: _Bucket,
-        before: dict[torch.device, torch.Tensor],
-        after: dict[torch.device, torch.Tensor],
+        between: Between,
+        boundaries: dict[torch.device, Boundary],
+        tables: dict[torch.device, torch.Tensor],
     ) -> None:
-        batch, recipe = bucket.batch, bucket.recipe
-        device = batch.p[0].device
-        sums = None
-        if isinstance(recipe.stages[number], Apply):
-            table = before[device] if bucket.rows is None else before[device][bucket.rows]
-            sums = table[:, : recipe.terms[number - 1] + 1]
-        result = choose(self._options.backends, device, bucket.numel).run(recipe.stages[number], batch, sums)
-        if result is not None:
-            values = torch.cat([result, bucket.counts], 1)
-            rows = slice(None) if bucket.rows is None else bucket.rows
-            after[device][rows, : values.shape[1]] = values
+        """Run a stage on a bucket, and enter what it measures into the table."""
+        recipe, device = bucket.recipe, bucket.slots[0].device
+        stage = recipe.stages[number]
+        backend = choose(self._options.backends, device, bucket.numel)
+        if recipe.boxed(number):
+            boxes = _boxes(bucket.batch, bucket.slots, between.boxes(number, recipe, bucket.slots))
+            self._enter_boxes(
+                number, bucket, backend.run_boxes(stage, boxes), boundaries.get(device), tables.get(device)
+            )
+            result = None
+        else:
+            result = backend.run(stage, bucket.batch, between.table(number, recipe, bucket.slots, bucket.batch))
+        if recipe.sums(number):
+            counted = self._counts(number, bucket)
+            values = counted if result is None else torch.cat([result, counted], 1)
+            tables[device][self._places(number, bucket, boundaries[device])[:, -values.shape[1] :]] = values
 
-    def _tables(self, width: int) -> dict[torch.device, torch.Tensor]:
-        """Zeros for the sums of all parameters, on each device: a piece without gradient adds nothing."""
-        rows = len(self._plan.slots)
-        return {device: torch.zeros(rows, width, dtype=torch.float64, device=device) for device in self._plan.schedules}
+    def _enter_boxes(
+        self,
+        number: int,
+        bucket: _Bucket,
+        sums: Sequence[tuple[torch.Tensor, ...]],
+        boundary: Boundary | None,
+        table: torch.Tensor | None,
+    ) -> None:
+        if boundary is None or table is None:
+            return
+        places = [(slot, box) for slot in bucket.slots for box in slot.boxes]
+        for (slot, box), terms in zip(places, sums, strict=True):
+            for i, (axes, term) in enumerate(zip(bucket.recipe.sums(number), terms, strict=True)):
+                own = tuple(ix if axis in axes else slice(None) for axis, ix in enumerate(box.index))
+                whole = boundary.term(table, slot, i, axes)
+                whole[own] = whole[own] + term
 
-    def _reduce(self, tables: dict[torch.device, torch.Tensor]) -> None:
-        for device, table in tables.items():
-            packed_sum(table, self._plan.schedules[device])
+    def _places(self, number: int, bucket: _Bucket, boundary: Boundary) -> torch.Tensor:
+        cache, key = bucket.batch.cache, ("places", number, id(boundary))
+        if key not in cache:
+            cache[key] = boundary.places(bucket.slots, bucket.slots[0].device)
+        places: torch.Tensor = cache[key]
+        return places
 
-    def _clip(self, active: Sequence[tuple[Slot, torch.Tensor]]) -> dict[torch.device, torch.Tensor]:
-        """The factor on every device that brings the global gradient norm down to ``max_grad_norm``."""
-        tables = self._tables(1)
-        sorted_slots: dict[Any, list[tuple[Slot, torch.Tensor]]] = {}
-        for slot, gradient in active:
-            sorted_slots.setdefault((gradient.dtype, slot.device), []).append((slot, gradient))
-        for (_, device), members in sorted_slots.items():
-            rows = send(torch.tensor([slot.index for slot, _ in members], device="cpu"), device)
-            tables[device][rows] = square_sums([g for _, g in members], self._options.backends)
-        self._reduce(tables)
-        home = next(iter(tables))
-        total = torch.stack([table.sum().to(home, non_blocking=True) for table in tables.values()]).sum()
-        assert self._options.max_grad_norm is not None
-        factor = clip_factor(total.sqrt(), self._options.max_grad_norm).reshape(1)
-        return {device: factor.to(device, torch.float64, non_blocking=True) for device in tables}
+    def _counts(self, number: int, bucket: _Bucket) -> torch.Tensor:
+        """``[slots, 1 or 2]``: the elements of each slot's piece and, for members of families, times its step count."""
+        cache, device = bucket.batch.cache, bucket.slots[0].device
+        if "counts" not in cache:
+            counts = torch.tensor([slot.numel for slot in bucket.slots], dtype=torch.float64, device="cpu")
+            cache["counts"] = send(counts.unsqueeze(1), device)
+        elements: torch.Tensor = cache["counts"]
+        if not isinstance(bucket.recipe.stages[number + 1].given, Vectors):
+            return elements
+        steps = send(torch.tensor(bucket.steps, dtype=torch.float64, device="cpu").unsqueeze(1), device)
+        return torch.cat([elements, elements * steps], 1)
 
     def _finish(self, buckets: Sequence[_Bucket]) -> None:
         """Write back pieces that are not dense, and gather what is partitioned."""
@@ -243,6 +361,25 @@ class Step:
                 gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
         for (group, _), slots in gathered.items():
             gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)
+
+
+def _boxes(batch: Batch, slots: Sequence[Slot], factors: list[tuple[torch.Tensor, ...]]) -> Boxes:
+    """The batch as boxes of its slots."""
+    which = [i for i, slot in enumerate(slots) for _ in slot.boxes]
+    columns = [slot.views(state) for slot, states in zip(slots, batch.state, strict=True) for state in states]
+    width = len(batch.state[0])
+    return Boxes(
+        p=[view for slot, p in zip(slots, batch.p, strict=True) for view in slot.views(p)],
+        g=[view for slot, g in zip(slots, batch.g, strict=True) for view in slot.views(g)],
+        state=[
+            tuple(columns[width * i + n][j] for n in range(width))
+            for i, slot in enumerate(slots)
+            for j in range(len(slot.boxes))
+        ],
+        which=which,
+        factors=factors,
+        batch=batch,
+    )
 
 
 def updated(slot: Slot) -> bool:

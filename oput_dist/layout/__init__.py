@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
+from .boxes import Box, box_of, boxes_of_range
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
@@ -14,8 +15,11 @@ from .partitioned import Partitioned
 from .plain import Plain
 
 __all__ = [
+    "Box",
     "Layout",
     "LayoutError",
+    "box_of",
+    "boxes_of_range",
     "dense_strides",
     "flat",
     "layout_of",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from .box import Box
 
 __all__ = ["Layout", "LayoutError"]
 
@@ -18,22 +22,38 @@ class Layout(ABC):
     """Where the elements of one parameter live.
 
     Attributes:
+        name: the qualified name, where the layout knows it; None otherwise.
         shape: the global shape.
+        device: where this rank's piece is.
         groups: the process groups over which the pieces are spread, one after the other: summing a value over all of
             them gives the sum over the whole parameter, replicas counted once. Empty if every rank holds all of it.
         gather_group: the group over which updated pieces must be exchanged because every rank keeps the whole
             parameter but updates only its piece; None otherwise.
+        partial_groups: the process groups over which a gradient may come as partial sums, for all ranks of them alike;
+            decided by metadata only. See :meth:`partial`.
         why_no_sums: why sums over the whole parameter cannot be taken here, and what to do; None if they can.
     """
 
+    name: str | None = None
     shape: torch.Size
+    device: torch.device
     groups: tuple[dist.ProcessGroup, ...] = ()
     gather_group: dist.ProcessGroup | None = None
+    partial_groups: tuple[dist.ProcessGroup, ...] = ()
     why_no_sums: str | None = None
+
+    @property
+    @abstractmethod
+    def boxes(self) -> tuple[Box, ...]:
+        """This rank's piece as boxes of the global tensor, in the order of memory; none for an empty piece."""
 
     @abstractmethod
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's piece of the parameter, or of a tensor like it (gradient, state as :meth:`zeros` makes it)."""
+        """This rank's piece of the parameter, or of a tensor like it (its gradient)."""
+
+    def piece_of_state(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's memory of a state value that :meth:`zeros` or :meth:`adopt` made."""
+        return value
 
     @abstractmethod
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
@@ -42,6 +62,31 @@ class Layout(ABC):
     @abstractmethod
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         """A loaded state value, given whole or as :meth:`zeros` makes it, as :meth:`zeros` would place it."""
+
+    def vector(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros for state that is not parameter-shaped: the same on every rank that holds a piece or a replica."""
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+
+    def adopt_vector(self, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """A loaded value of such state, as :meth:`vector` would place it; its dtype is kept.
+
+        Raises:
+            LayoutError: for another shape.
+        """
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if tuple(whole.shape) != tuple(shape):
+            raise LayoutError(f"state of shape {tuple(whole.shape)} where {tuple(shape)} is needed")
+        result = self.vector(shape, whole.dtype)
+        self.memory_of_vector(result).copy_(whole)
+        return result
+
+    def memory_of_vector(self, value: torch.Tensor) -> torch.Tensor:
+        """The local memory of what :meth:`vector` made: all of it."""
+        return value
+
+    def partial(self, gradient: torch.Tensor) -> tuple[bool, ...]:
+        """For each of :attr:`partial_groups`, whether a gradient is a partial sum over it."""
+        return (False,) * len(self.partial_groups)
 
     def pieces(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """The pieces of all ranks of :attr:`gather_group`, in rank order, as views of the whole parameter."""

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .base import Layout
+from .boxes import box_of
 from .dtensor import Distributed
 
 __all__ = ["Partitioned"]
@@ -36,6 +37,8 @@ class Partitioned(Layout):
         height = -(-rows // ranks)
         self._bounds = [(min(r * height, rows), min((r + 1) * height, rows)) for r in range(ranks)]
         self._rows = self._bounds[rank]
+        whole = [slice(0, size) for size in parameter.shape]
+        self.boxes = box_of([slice(*self._rows), *whole[1:]] if self._split else whole)
         self.groups = (group,) if self._split and ranks > 1 else ()
         self.gather_group = group if ranks > 1 else None
         mesh = _mesh(group, parameter.device.type)
@@ -52,6 +55,9 @@ class Partitioned(Layout):
 
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
         return self._state.zeros(dtype)
+
+    def vector(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self._state.vector(shape, dtype)
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         return self._state.adopt(value)

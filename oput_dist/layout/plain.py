@@ -6,6 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
+from .boxes import box_of
 from .flat import dense_strides
 
 __all__ = ["Plain"]
@@ -18,12 +19,16 @@ class Plain(Layout):
         self.shape = parameter.shape
         self._device = parameter.device
         self._strides = dense_strides(parameter)
+        self.boxes = box_of([slice(0, size) for size in parameter.shape])
 
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=self._device).zero_()
+
+    def vector(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
 from oput_dist.engine.hyper import betas as pair
 from oput_dist.engine.hyper import boolean, nonnegative
 from oput_dist.kernels.language import rule, tl
@@ -84,7 +84,7 @@ class Adam(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, defaults, common)
 
-    def recipe(self, group: Group) -> Recipe:
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
         if group["amsgrad"]:
             return Recipe((Update(adam_amsgrad),), ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), self.decay)
         return Recipe((Update(adam),), ("exp_avg", "exp_avg_sq"), self.decay)

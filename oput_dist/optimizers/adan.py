@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, decay_rate
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
 from oput_dist.engine.hyper import betas as triple
 from oput_dist.engine.hyper import boolean, nonnegative
 from oput_dist.kernels.language import rule, tl
@@ -115,7 +115,7 @@ class Adan(Optimizer):
             param_group["betas"] = of_old_values(param_group["betas"])
         super().add_param_group(param_group)
 
-    def recipe(self, group: Group) -> Recipe:
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.SHRINK if group["no_prox"] else Decay.NONE
         return Recipe((Update(adan),), ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"), decay)
 

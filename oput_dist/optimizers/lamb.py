@@ -7,12 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
 from oput_dist.engine.hyper import betas as pair
 from oput_dist.engine.hyper import boolean, nonnegative, optional, positive
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_most
-from oput_dist.kernels.stage import Apply, Decay, Measure
+from oput_dist.kernels.stage import WHOLE, Apply, Decay, Factors, Measure
 
 __all__ = ["Lamb"]
 
@@ -118,8 +118,8 @@ class Lamb(Optimizer):
         }
         super().__init__(params, defaults, common)
 
-    def recipe(self, group: Group) -> Recipe:
-        stages = (Measure(lamb_moments, terms=2), Apply(lamb_apply, lamb_trust))
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
+        stages = (Measure(lamb_moments, (WHOLE, WHOLE)), Apply(lamb_apply, Factors(lamb_trust)))
         return Recipe(stages, ("exp_avg", "exp_avg_sq"), Decay.SHRINK if group["decouple_lr"] else Decay.NONE)
 
     def scalars(self, group: Group, step: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
 from oput_dist.engine.hyper import betas as pair
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import lerp, sign
@@ -64,7 +64,7 @@ class Lion(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, common)
 
-    def recipe(self, group: Group) -> Recipe:
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(lion),), ("exp_avg",), Decay.SHRINK)
 
     def scalars(self, group: Group, step: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
 from oput_dist.engine.hyper import boolean, fraction
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.stage import Decay, Update
@@ -99,7 +99,7 @@ class SGD(Optimizer):
                 "needs momentum > 0 and dampening = 0"
             )
 
-    def recipe(self, group: Group) -> Recipe:
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.SHRINK if group["decouple_wd"] else Decay.L2
         if group["momentum"] == 0:
             return Recipe((Update(sgd),), decay=decay)

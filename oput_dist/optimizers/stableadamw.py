@@ -7,12 +7,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, decay_rate
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
 from oput_dist.engine.hyper import betas as pair
 from oput_dist.engine.hyper import positive
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_least
-from oput_dist.kernels.stage import Apply, Measure
+from oput_dist.kernels.stage import WHOLE, Apply, Factors, Measure
 
 __all__ = ["StableAdamW"]
 
@@ -96,8 +96,8 @@ class StableAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, common)
 
-    def recipe(self, group: Group) -> Recipe:
-        stages = (Measure(stable_moments, terms=1), Apply(stable_apply, stable_shrinkage, n_factors=2))
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
+        stages = (Measure(stable_moments, (WHOLE,)), Apply(stable_apply, Factors(stable_shrinkage, n=2)))
         return Recipe(stages, ("exp_avg", "exp_avg_sq"))
 
     def scalars(self, group: Group, step: int) -> Any:

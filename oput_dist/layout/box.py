@@ -1,0 +1,97 @@
+"""Boxes: a piece of a parameter as dense rectangles of the global tensor, for what must see its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+__all__ = ["Box", "Index", "boxes_of_range", "in_order", "one_box", "whole_index"]
+
+Index = slice | torch.Tensor
+"""Global indices along one dimension, in the order of the piece: a range, or an int64 CPU tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A rectangle of the global tensor that lies dense in the flat local piece.
+
+    ``piece_flat.as_strided(box.shape, box.strides, offset + box.start)`` is ``whole[box.index]``, where ``offset`` is
+    the storage offset of the flat piece.
+    """
+
+    start: int
+    """Where it begins in the flat local piece."""
+    shape: tuple[int, ...]
+    """Local sizes; as many dimensions as the global shape has."""
+    index: tuple[Index, ...]
+    """For each dimension the global indices. At most one of them is a tensor, so that it indexes as slices do."""
+    strides: tuple[int, ...]
+    """Of the box in the flat local piece."""
+
+
+def whole_index(shape: Sequence[int]) -> tuple[slice, ...]:
+    """The index of everything."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def one_box(index: tuple[Index, ...], shape: Sequence[int], strides: tuple[int, ...]) -> tuple[Box, ...]:
+    """A piece that is one rectangle; none if it is empty."""
+    return (Box(0, tuple(shape), index, strides),) if prod(shape) else ()
+
+
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:
+    """The range ``start:stop`` of a tensor in row-major order, as rectangles in the order of the range.
+
+    At most ``2 * ndim - 1`` of them (one for a 0-d tensor): the rest of a row, whole rows, the beginning of a row, and
+    so for each dimension.
+
+    Args:
+        shape: of the tensor.
+        start: first element, ``0 <= start``.
+        stop: one past the last; not above the number of elements.
+
+    Raises:
+        ValueError: for a range that is not within the tensor.
+    """
+    if not 0 <= start <= stop <= prod(shape):
+        raise ValueError(f"range {start}:{stop} of a tensor of shape {tuple(shape)} with {prod(shape)} elements")
+    boxes, at = [], 0
+    for index in _ranges(tuple(shape), start, stop) if start < stop else ():
+        sizes = tuple(part.stop - part.start for part in index)
+        boxes.append(Box(at, sizes, index, tuple(prod(sizes[dim + 1 :]) for dim in range(len(sizes)))))
+        at += prod(sizes)
+    return tuple(boxes)
+
+
+def _ranges(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, ...]]:
+    """The slices of each rectangle of a range that is not empty."""
+    if not shape:
+        return [()]
+    inner = prod(shape[1:])
+    first, last = -(-start // inner), stop // inner  # the whole rows are first:last
+    if first > last:  # within one row
+        row = last
+        return [(slice(row, row + 1), *rest) for rest in _ranges(shape[1:], start - row * inner, stop - row * inner)]
+    found: list[tuple[slice, ...]] = []
+    if start < first * inner:
+        row = first - 1
+        found += [(slice(row, first), *rest) for rest in _ranges(shape[1:], start - row * inner, inner)]
+    if first < last:
+        found.append((slice(first, last), *whole_index(shape[1:])))
+    if last * inner < stop:
+        found += [(slice(last, last + 1), *rest) for rest in _ranges(shape[1:], 0, stop - last * inner)]
+    return found
+
+
+def in_order(boxes: tuple[Box, ...], order: Sequence[int]) -> tuple[Box, ...]:
+    """Boxes of a tensor whose dimension ``i`` is dimension ``order[i]`` of the wanted one, as boxes of the wanted one."""
+    back = sorted(range(len(order)), key=lambda i: order[i])
+
+    def turned(box: Box) -> Box:
+        shape, index, strides = (tuple(what[i] for i in back) for what in (box.shape, box.index, box.strides))
+        return replace(box, shape=shape, index=index, strides=strides)
+
+    return tuple(turned(box) for box in boxes)
