@@ -117,7 +117,14 @@ GRADIENT_NORM = Program(Measure(square_terms, (WHOLE,), writes_state=False), Pro
 
 def variants() -> list[Variant]:
     """All of them."""
-    return [Variant(name, options) for name in OPTIMIZERS for options in [*COMMON, *OWN.get(name, [])]]
+    return [Variant(name, options) for name in OPTIMIZERS if _flat(name) for options in [*COMMON, *OWN.get(name, [])]]
+
+
+def _flat(name: str) -> bool:
+    """Whether an optimizer runs through the grouped kernel alone: it sees no axes, and needs no loss."""
+    optimizer = oput.create(name, [torch.zeros(1)])
+    recipe = optimizer.recipe(optimizer.param_groups[0], (2, 2))
+    return not recipe.kept and not any(recipe.boxed(number) for number in range(len(recipe.stages)))
 
 
 def programs() -> list[Program]:

@@ -8,17 +8,20 @@ Example::
 """
 
 from .engine import Optimizer, clip_grad_norm_, state_bytes
-from .optimizers import SGD, Adam, AdamW, Adan, Lamb, Lion, StableAdamW, available, create
+from .optimizers import SGD, Adafactor, Adam, AdamP, AdamW, Adan, Lamb, Lion, Momo, StableAdamW, available, create
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Adafactor",
     "Adam",
+    "AdamP",
     "AdamW",
     "Adan",
     "Lamb",
     "Lion",
+    "Momo",
     "Optimizer",
     "StableAdamW",
     "available",

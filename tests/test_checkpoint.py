@@ -23,9 +23,8 @@ import oput_dist as oput
 from tests.conformance import on_grid
 from tests.layouts import Weights
 from tests.pool import Pool
+from tests.toy import NAMES, NORMS
 
-NAMES = oput.available()
-NORMS = ("lamb", "stableadamw")
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (7, 5), "vector": (11,), "short": (2, 3), "conv": (4, 3, 2, 2)}
 HALF, ALL = 3, 6
 

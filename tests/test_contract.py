@@ -172,7 +172,8 @@ def test_lambda_schedule_equals_setting_lr_by_hand(name: str) -> None:
 def test_one_cycle_schedule_drives_lr_and_momentum(name: str) -> None:
     params, other = parameters(), parameters()
     optimizer, by_hand = make(name, params), make(name, other)
-    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+    momentum = any(key in optimizer.defaults for key in ("betas", "momentum"))
+    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=8, cycle_momentum=momentum)
     lrs = []
     for step in range(6):
         group = optimizer.param_groups[0]

@@ -41,6 +41,7 @@ def without_its_package(package: str, modules: list[str]) -> ModuleType:
 
 
 timm_lamb = without_its_package("timm", ["lamb"]).Lamb
+timm_adamp = without_its_package("timm", ["adamp"]).AdamP
 timm_adan = without_its_package("timm", ["adan"]).Adan
 
 
@@ -83,6 +84,12 @@ ORACLES: list[tuple[Any, dict[str, Any], Any, dict[str, Any]]] = [
     (oput.AdamW, {"lr": 0.01}, T.AdamW, {}),
     (oput.AdamW, {"lr": 0.01, "weight_decay": 0.2, "betas": (0.5, 0.9), "eps": 1e-2}, T.AdamW, {}),
     (oput.AdamW, {"lr": 0.01, "amsgrad": True, "maximize": True}, T.AdamW, {}),
+    (oput.Adafactor, {"lr": 0.01}, T.Adafactor, {}),
+    (oput.Adafactor, {"lr": 0.05, "weight_decay": 0.1, "d": 1.5, "eps": (1e-3, 1e-2)}, T.Adafactor, {}),
+    (oput.Adafactor, {"lr": 0.1, "beta2_decay": -0.5, "maximize": True}, T.Adafactor, {}),
+    (oput.AdamP, {"lr": 0.01}, timm_adamp, {}),
+    (oput.AdamP, {"lr": 0.01, "delta": 1.0, "betas": (0.5, 0.9)}, timm_adamp, {}),
+    (oput.AdamP, {"lr": 0.01, "weight_decay": 0.1, "delta": 3.0, "nesterov": True}, timm_adamp, {}),
     (oput.Lion, {"lr": 0.01}, lion_pytorch.Lion, {}),
     (oput.Lion, {"lr": 0.01, "weight_decay": 0.3, "betas": (0.8, 0.95)}, lion_pytorch.Lion, {}),
     (oput.Lion, {"lr": 0.01, "weight_decay": 0.3}, pytorch_optimizer.Lion, {}),

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import oput_dist as oput
 from tests.layouts import Weights
 from tests.pool import Pool
+from tests.toy import NAMES
 
-NORMS = ("lamb", "stableadamw")
+BOUNDARIES = {"adafactor": 2, "adamp": 1, "lamb": 1, "stableadamw": 1}  # with one all-reduce each
 MANY, COUNT = 300, 30  # parameters: where their number is the point, and elsewhere
 
 
@@ -70,11 +71,14 @@ def test_the_counter_counts(pool: Pool) -> None:
     assert pool.run(2, count_controls) == [[{"allreduce_": 1}, {"allgather_": 1}]] * 2
 
 
+def all_reduces(name: str) -> dict[str, int]:
+    return {"allreduce_": BOUNDARIES[name]} if name in BOUNDARIES else {}
+
+
 @pytest.mark.parametrize(("layout", "n"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])
 def test_one_all_reduce_for_all_norms_and_none_without(pool: Pool, layout: str, n: int) -> None:
-    names = oput.available()
-    wanted = {name: [{"allreduce_": 1} if name in NORMS else {}] * 2 for name in names}
-    assert pool.run(n, count_steps, layout, names, {}) == [wanted] * n
+    wanted = {name: [all_reduces(name)] * 2 for name in NAMES}
+    assert pool.run(n, count_steps, layout, NAMES, {}) == [wanted] * n
 
 
 def test_one_all_reduce_whatever_the_number_of_parameters(pool: Pool) -> None:
@@ -87,10 +91,9 @@ def test_clipping_is_one_more_all_reduce(pool: Pool) -> None:
 
 
 def test_zero1_adds_one_gather_of_the_updated_parameters(pool: Pool) -> None:
-    names = oput.available()
     gather = {"_allgather_base_": 1}
-    wanted = {name: [gather | ({"allreduce_": 1} if name in NORMS else {})] * 2 for name in names}
-    assert pool.run(3, count_steps, "zero1", names, {}) == [wanted] * 3
+    wanted = {name: [gather | all_reduces(name)] * 2 for name in NAMES}
+    assert pool.run(3, count_steps, "zero1", NAMES, {}) == [wanted] * 3
 
 
 def count_with_an_idle_rank(layout: str) -> dict[str, list[dict[str, int]]]:
@@ -138,14 +141,15 @@ def measure_state(layout: str, names: list[str]) -> dict[str, tuple[int, int, in
     return measured
 
 
-STATES = {"adam": 2, "adamw": 2, "adan": 4, "lamb": 2, "lion": 1, "sgd": 0, "stableadamw": 2}
+STATES = {"adam": 2, "adamp": 2, "adamw": 2, "adan": 4, "lamb": 2, "lion": 1, "sgd": 0, "stableadamw": 2}
 
 
 @pytest.mark.parametrize(("layout", "n"), [("fsdp2", 2), ("fsdp2", 3), ("zero1", 3), ("zero1", 4)])
 def test_state_is_partitioned(pool: Pool, layout: str, n: int) -> None:
     elements = sum(torch.Size(shape).numel() for shape in shapes(COUNT))
-    ranks = pool.run(n, measure_state, layout, oput.available())
-    for name in oput.available():
+    names = [name for name in NAMES if name in STATES]
+    ranks = pool.run(n, measure_state, layout, names)
+    for name in names:
         for reported, from_tensors, whole, limit in (rank[name] for rank in ranks):
             assert reported == from_tensors
             assert whole == 4 * elements * STATES[name] + 4 * COUNT

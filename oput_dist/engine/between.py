@@ -11,7 +11,7 @@ import torch.distributed as dist
 from oput_dist.backends import Batch, Scalars, compute_dtype, send
 from oput_dist.kernels.stage import Axes, Factors, Joint, Vectors
 
-from .recipe import Recipe
+from .recipe import Recipe, vector_shape
 from .slot import Slot
 from .sums import Boundary, Family, broadcast_shape
 
@@ -80,7 +80,7 @@ class Between:
         for slot in family.slots:
             live = slot.parameter.requires_grad or slot.parameter.grad is not None
             state = self._context.state[slot.parameter] if live else {}
-            memories.append(slot.vector(state, name, axes))
+            memories.append(slot.vector(state, name, vector_shape(slot.layout.shape, axes), compute_dtype(slot.dtype)))
         return memories
 
     # -------------------------------------------------------------------------------------------- the whole model

@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["Check", "betas", "boolean", "check_group", "fraction", "nearest", "nonnegative", "optional", "positive"]
+__all__ = [
+    "Check",
+    "betas",
+    "boolean",
+    "check_group",
+    "fraction",
+    "nearest",
+    "nonnegative",
+    "nonpositive",
+    "number",
+    "optional",
+    "positive",
+]
 
 Check = Callable[[Any], "str | None"]
 """Returns what is allowed if the value is not, else None."""
@@ -38,6 +50,8 @@ def _between(low: float, high: float, low_open: bool, text: str) -> Check:
 
 nonnegative = _between(0.0, math.inf, False, "a finite number >= 0")
 positive = _between(0.0, math.inf, True, "a finite number > 0")
+nonpositive = _between(-math.inf, 5e-324, True, "a finite number <= 0")
+number = _between(-math.inf, math.inf, True, "a finite number")
 fraction = _between(0.0, 1.0, False, "a number in [0, 1)")
 
 

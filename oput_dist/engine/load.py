@@ -11,7 +11,7 @@ import torch
 from oput_dist.layout import LayoutError
 
 from .plan import Plan
-from .recipe import Group
+from .recipe import Group, vector_shape
 from .slot import Slot
 
 __all__ = ["load_state_dict"]
@@ -40,14 +40,17 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
             raise ValueError(f"{owner}: the state dict was saved by {group['optimizer']}: make the same optimizer")
     groups = [_merged(old, new) for old, new in zip(optimizer.param_groups, saved, strict=True)]
     keys = [key for group in saved for key in group["params"]]
-    slots = dict(zip(keys, plan.slots, strict=True))
+    slots: dict[Any, list[Slot]] = {key: [] for key in keys}
+    by_parameter = dict(zip((slot.counter for slot in plan.owners), keys, strict=True))
+    for slot in plan.slots:
+        slots[by_parameter[slot.counter]].append(slot)
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
     for key, entries in state_dict["state"].items():
-        slot = slots.get(key)
-        if slot is None:
+        if key not in slots:
             raise ValueError(f"{owner}: the state dict holds state for an unknown parameter {key!r}")
-        own = "optimizer" in saved[slot.group]
-        state[slot.parameter] = _adopted(optimizer, slot, entries, groups[slot.group], own)
+        owner_slot = slots[key][0]
+        own = "optimizer" in saved[owner_slot.group]
+        state[owner_slot.parameter] = _adopted(optimizer, slots[key], entries, groups[owner_slot.group], own)
     for group in groups:
         optimizer.validate(group)
     optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -61,9 +64,17 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     return {**group, **{key: deepcopy(value) for key, value in saved.items() if key not in ("params", "param_names")}}
 
 
-def _adopted(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group, own: bool) -> dict[str, Any]:
+def _adopted(optimizer: Any, slots: list[Slot], entries: dict[str, Any], group: Group, own: bool) -> dict[str, Any]:
     """The state of one parameter as this rank keeps it; ``own`` if this class saved it, options as they then were."""
-    owner, names = type(optimizer).__name__, optimizer.recipe(group, slot.layout.shape).state
+    slot, owner = slots[0], type(optimizer).__name__
+    recipes = [optimizer.recipe(group, each.layout.shape) for each in slots]
+    shaped = {name for recipe in recipes for name in recipe.state}
+    vectors = {
+        each.key(name): (each, vector_shape(each.layout.shape, axes))
+        for each, recipe in zip(slots, recipes, strict=True)
+        for name, axes in recipe.vectors
+    }
+    names = [*shaped, *vectors]
     entries = {name: value for name, value in entries.items() if value is not None}
     if not own:  # from elsewhere: only what fits exactly
         for name in entries:
@@ -77,7 +88,11 @@ def _adopted(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group, 
         if name not in names:  # of an option that was switched off since
             continue
         try:
-            result[name] = slot.layout.adopt(value)
+            if name in vectors:
+                each, shape = vectors[name]
+                result[name] = each.layout.adopt_vector(value, shape)
+            else:
+                result[name] = slot.layout.adopt(value)
         except LayoutError as error:
             raise ValueError(f"{owner}: {name!r} of {slot.name}: {error}") from None
     if entries:

@@ -13,12 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 from oput_dist.backends import BACKENDS, check_backend
+from oput_dist.layout import clean_name
 
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive
 from .load import load_state_dict
+from .model import Model, check_not_replaced
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
-from .step import Options, Step
+from .step import Options, Spread, Step
 
 __all__ = ["Common", "Optimizer", "Params"]
 
@@ -35,7 +37,14 @@ class Common(TypedDict, total=False):
     - ``max_grad_norm`` (float > 0): clip the global gradient norm inside the update; gradients stay as they are.
     - ``backend`` (str): ``"triton"``, ``"compile"``, ``"foreach"`` or ``"eager"``; by default the fastest.
     - ``foreach``, ``triton`` (bool): True takes that backend, False rules it out.
+    - ``skip_nonfinite`` (bool, False): leave parameters, state and counters as they are, on all ranks, when any rank's
+      gradients hold NaN or infinity; :attr:`Optimizer.skipped` counts it. Each step then waits for the device.
+    - ``model_group`` (ProcessGroup): over which different ranks hold different parameters (pipeline stages), so that
+      sums over all parameters span it.
+    - ``data_group`` (ProcessGroup): over which an optimizer that needs the loss averages it; by default all ranks.
     - ``shard_group`` (ProcessGroup): partition update and state of replicated parameters over it (ZeRO-1).
+    - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
+      the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
     - ``state_dtype`` (torch.dtype): of the state; the parameter's own by default.
     """
 
@@ -46,7 +55,11 @@ class Common(TypedDict, total=False):
     foreach: bool | None
     triton: bool | None
     backend: str | None
+    skip_nonfinite: bool
+    model_group: dist.ProcessGroup | None
+    data_group: dist.ProcessGroup | None
     shard_group: dist.ProcessGroup | None
+    module: nn.Module | None
     state_dtype: torch.dtype | None
 
 
@@ -78,11 +91,16 @@ class _GroupHandle:
 class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose update is a :class:`Recipe` of rules. Subclasses give the recipe and its scalars.
 
+    ``torch.amp.GradScaler`` leaves unscaling to the update itself, in the pass that it makes anyway, and a step that
+    found an overflow is skipped. Only FSDP1's ``ShardedGradScaler`` needs gradients unscaled first.
+
     Attributes:
+        skipped: steps that were left out because a gradient was not finite.
         checks: what each hyperparameter of a group must satisfy, beyond the common ones.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         unknown = [name for name in common if name not in Common.__annotations__]
@@ -90,9 +108,17 @@ class Optimizer(torch.optim.Optimizer):
         if unknown:
             known = [*defaults, *Common.__annotations__]
             raise TypeError(f"{owner} has no option {unknown[0]!r}.{nearest(unknown[0], known)}")
-        self._options = Options(_backends(owner, common), _state_dtype(owner, common), _max_grad_norm(owner, common))
-        group = common.get("shard_group")
-        self._shard_group = None if group is None else _GroupHandle(_checked_group(owner, group))
+        self._options = Options(
+            _backends(owner, common),
+            _state_dtype(owner, common),
+            _max_grad_norm(owner, common),
+            _skip_nonfinite(owner, common),
+        )
+        self._shard_group = _handle(owner, common, "shard_group")
+        self._model_group = _handle(owner, common, "model_group")
+        self._data_group = _handle(owner, common, "data_group")
+        self._model = _model(owner, params, common)
+        self.skipped = 0
         self._plan: Plan | None = None
         self._begun = False
         every = {
@@ -104,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
         }
         self.validate(every)
         if isinstance(params, nn.Module):
-            params = list(params.named_parameters())
+            params = [(clean_name(name), parameter) for name, parameter in params.named_parameters()]
         super().__init__(params, every)
 
     @abstractmethod
@@ -157,8 +183,6 @@ class Optimizer(torch.optim.Optimizer):
                     "optimized"
                 )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -174,24 +198,52 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: for a gradient that cannot be used, before anything is changed.
         """
-        loss = None
+        return self.run(closure, None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def run(self, closure: Callable[[], Any] | None, loss: torch.Tensor | float | None) -> Any:
+        """What ``step`` does; ``loss`` is given where the optimizer needs it and there is no closure."""
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             self.validate(group)
         plan, first = self._current_plan(), not self._begun
-        Step(plan, self.param_groups, self.state, self.recipe, self.scalars, self._options, first).run()
+        check_not_replaced(plan.owners, self._model)
+        plan.settle_gradients()
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # as GradScaler sets them
+        if overflow is not None and bool(overflow):
+            self.skipped += 1
+            return loss
+        unscale = None if scale is None else 1.0 / scale.double()
+        spread = self._spread()
+        step = Step(
+            plan, self.param_groups, self.state, self.recipe, self.scalars, self._options, first, spread, loss, unscale
+        )
+        if not step.run():
+            self.skipped += 1
+            return loss
         self._begun = True
         return loss
+
+    def _spread(self) -> Spread:
+        model, data = self._model_group, self._data_group
+        if data is None and dist.is_initialized():
+            data = _GroupHandle(dist.group.WORLD)  # type: ignore[arg-type]
+        return Spread(() if model is None else (model.group,), () if data is None else (data.group,))
 
     def _current_plan(self) -> Plan:
         if self._plan is None or self._plan.stale(self.param_groups):
             group = self._shard_group.group if self._shard_group is not None else None
-            clip = self._options.max_grad_norm is not None
-            sums = [clip or any(self.recipe(g, p.shape).measures for p in g["params"]) for g in self.param_groups]
-            self._plan = Plan.of(self.param_groups, self.state, group, sums)
+            if self._model is not None:
+                self._model.refresh()
+            self._plan = Plan.of(self.param_groups, self.state, group, self._sums, self._model)
         return self._plan
+
+    def _sums(self, group: Group, shape: Shape) -> bool:
+        """Whether the update of a parameter of a shape needs sums over it."""
+        return self._options.max_grad_norm is not None or self.recipe(group, shape).measures
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, of this class under any layout: whole tensors are cut to this rank's pieces.
@@ -204,8 +256,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        own = {"_options": self._options, "_shard_group": self._shard_group, "_begun": self._begun}
-        return {**kept, **own, "_plan": None}
+        names = ("_options", "_shard_group", "_model_group", "_data_group", "_model", "_begun", "skipped")
+        return {**kept, **{name: getattr(self, name) for name in names}, "_plan": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -236,13 +288,31 @@ def _state_dtype(owner: str, common: Common) -> torch.dtype | None:
     return dtype
 
 
+def _model(owner: str, params: Params, common: Common) -> Model | None:
+    module = common.get("module")
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"{owner}: module={module!r}: must be the nn.Module that holds the parameters")
+    if module is None and isinstance(params, nn.Module):
+        module = params
+    return None if module is None else Model(module)
+
+
 def _max_grad_norm(owner: str, common: Common) -> float | None:
     value = common.get("max_grad_norm")
     check_group(owner, {"max_grad_norm": value}, {"max_grad_norm": optional(positive)})
     return value
 
 
-def _checked_group(owner: str, group: Any) -> dist.ProcessGroup:
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{owner}: shard_group={group!r}: must be a process group that this rank belongs to")
-    return group
+def _skip_nonfinite(owner: str, common: Common) -> bool:
+    value = common.get("skip_nonfinite", False)
+    check_group(owner, {"skip_nonfinite": value}, {"skip_nonfinite": boolean})
+    return value
+
+
+def _handle(owner: str, common: Common, name: str) -> _GroupHandle | None:
+    group: Any = common.get(name)
+    if group is None:
+        return None
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise TypeError(f"{owner}: {name}={group!r}: must be a process group that this rank belongs to")
+    return _GroupHandle(group)

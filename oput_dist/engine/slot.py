@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from oput_dist.backends import compute_dtype
-from oput_dist.kernels.stage import Axes
-from oput_dist.layout import Box, Layout, dense_strides, flat, same_order, whole_or_local
-
-from .recipe import vector_shape
+from oput_dist.layout import Box, Layout, LayoutError, dense_strides, flat, same_order, whole_or_local
 
 __all__ = ["Slot"]
 
 
 class Slot:
-    """One parameter of the plan. Views are cached; :meth:`stale` tells when the parameter has moved from under them."""
+    """One layout of one parameter. Views are cached; :meth:`stale` tells when the parameter moved from under them.
 
-    def __init__(self, parameter: torch.Tensor, name: str, layout: Layout, group: int, index: int) -> None:
+    A flat parameter of FSDP1 has several slots, one for each original parameter. They share its state and its counter.
+
+    Args:
+        parameter: the parameter.
+        name: what to call it in messages.
+        layout: where its elements live.
+        group: number of the parameter group.
+        index: number of the slot.
+        counter: number of the parameter.
+        shared: whether other slots share the parameter.
+    """
+
+    def __init__(
+        self, parameter: torch.Tensor, name: str, layout: Layout, group: int, index: int, counter: int, shared: bool
+    ) -> None:
         self.parameter, self.name, self.layout, self.group, self.index = parameter, name, layout, group, index
+        self.counter, self.shared = counter, shared
+        self.settled: torch.Tensor | None = None
+        """The gradient of this step in place of the parameter's own, where that is a partial sum."""
         memory = whole_or_local(parameter.detach())
         self._address, self._shape, self._memory_strides = memory.data_ptr(), memory.shape, memory.stride()
         piece = layout.piece(parameter.detach())
@@ -56,21 +69,28 @@ class Slot:
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The boxes of a flat tensor in the parameter's order."""
-        if len(self.boxes) == 1 and self.boxes[0].shape == self.piece.shape:
-            return [flat.as_strided(self.piece.shape, self.strides, flat.storage_offset())]
-        return [flat[box.start : box.start + torch.Size(box.shape).numel()].view(box.shape) for box in self.boxes]
+        at = flat.storage_offset()
+        return [flat.as_strided(box.shape, box.strides, at + box.start) for box in self.boxes]
 
-    def vector(self, state: MutableMapping[str, Any], name: str, axes: Axes) -> torch.Tensor:
-        """The memory of state that keeps some axes of the parameter only; zeros are made if it is missing.
+    def key(self, name: str) -> str:
+        """The key of state that is not parameter-shaped: the name, and of which original if there are several."""
+        return f"{name}.{self.layout.name}" if self.shared else name
 
-        Never of fewer bits than fp32, since it is small and much depends on it.
-        """
-        shape = vector_shape(self.layout.shape, axes)
-        if state.get(name) is None:
-            state[name] = self.layout.vector(shape, compute_dtype(self.dtype))
-        memory = self.layout.vector_memory(state[name])
-        if tuple(memory.shape) != shape:
-            raise ValueError(f"state {name!r} of {self.name} has shape {tuple(memory.shape)}, but it must be {shape}")
+    def vector(
+        self, state: MutableMapping[str, Any], name: str, shape: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The local memory of state that is not parameter-shaped; zeros of a dtype are made if it is missing."""
+        key = self.key(name)
+        if state.get(key) is None:
+            state[key] = self.layout.vector(shape, dtype)
+        memory = self.layout.memory_of_vector(state[key])
+        if tuple(memory.shape) != tuple(shape):
+            raise ValueError(
+                f"state {key!r} of {self.name} has shape {tuple(memory.shape)}, but it must be {tuple(shape)}"
+            )
+        if memory.device != self.device:  # the parameter was moved after it was made
+            state[key] = self.layout.adopt_vector(state[key], shape)
+            memory = self.layout.memory_of_vector(state[key])
         return memory
 
     def store(self, values: torch.Tensor) -> None:
@@ -84,7 +104,7 @@ class Slot:
             TypeError: for a sparse or complex gradient.
             ValueError: for one of another shape or layout.
         """
-        gradient = self.parameter.grad
+        gradient = self.parameter.grad if self.settled is None else self.settled
         if gradient is None:
             return None
         if gradient.layout is not torch.strided or gradient.is_complex():
@@ -97,6 +117,13 @@ class Slot:
             raise ValueError(
                 f"{self.name} is a {type(self.parameter).__name__} but its gradient is a {type(gradient).__name__}: "
                 "both must be laid out alike"
+            )
+        if (fault := self.layout.fault_of(gradient)) is not None:
+            raise ValueError(f"{self.name} has a gradient {fault}")
+        if tuple(gradient.shape) != tuple(self.parameter.shape):
+            raise ValueError(
+                f"{self.name} has a gradient of shape {tuple(gradient.shape)}, "
+                f"but the parameter is {tuple(self.parameter.shape)}"
             )
         piece = self.layout.piece(gradient)
         if piece.shape != self.piece.shape:
@@ -111,7 +138,7 @@ class Slot:
     ) -> tuple[torch.Tensor, ...]:
         """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's."""
         if names == self._names and all(
-            state.get(n) is v and whole_or_local(v).data_ptr() == flat.data_ptr()
+            state.get(n) is v and self.layout.piece_of_state(v).data_ptr() == flat.data_ptr()
             for n, v, flat in zip(names, self._values, self._views, strict=True)
         ):
             return self._views
@@ -122,13 +149,17 @@ class Slot:
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if state.get(name) is None:
             state[name] = self.layout.zeros(dtype or self.dtype)
-        memory = whole_or_local(state[name])
-        if memory.numel() != self.numel:
-            raise ValueError(
-                f"state {name!r} of {self.name} holds {memory.numel()} elements on this rank, "
-                f"but its piece of the parameter holds {self.numel}"
-            )
-        if not same_order(memory, self.strides):  # it is updated in place, so it must lie as the parameter does
-            state[name] = self.layout.adopt(state[name])
-            memory = whole_or_local(state[name])
-        return flat(memory, self.strides)
+        if not self._fits(state[name]):  # it was made before the parameter was moved, or sharded otherwise
+            try:
+                state[name] = self.layout.adopt(state[name])
+            except LayoutError as error:
+                raise ValueError(
+                    f"{error} ({name!r} of {self.name}): if the parameter was sharded after this optimizer was made, "
+                    "make the optimizer anew"
+                ) from None
+        return flat(self.layout.piece_of_state(state[name]), self.strides)
+
+    def _fits(self, value: torch.Tensor) -> bool:
+        """Whether state lies as the piece does, so that it can be updated in place."""
+        memory = self.layout.piece_of_state(value)
+        return memory.device == self.device and memory.shape == self.piece.shape and same_order(memory, self.strides)

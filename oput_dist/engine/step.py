@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oput_dist.backends import BACKENDS, Batch, Boxes, Scalars, choose, send
+from oput_dist.backends import BACKENDS, Batch, Boxes, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule, gather_pieces
 from oput_dist.kernels.stage import Joint, Prologue, Vectors
 
 from .between import Between
 from .norm import clip_factor, power_table
 from .plan import Plan
-from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
+from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
 from .slot import Slot
 from .sums import Boundary
 
@@ -116,6 +116,7 @@ class Step:
         Returns:
             False if the step was skipped because a gradient was not finite.
         """
+        self._plan.settle_gradients()
         slots = [slot for slot in self._plan.slots if updated(slot)]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
         gradients = self._without_rehearsal(gradients)
@@ -166,7 +167,12 @@ class Step:
         return gradients if any(bool((table != 0).any()) for table in tables.values()) else []
 
     def _vectors_of(self, slot: Slot) -> list[torch.Tensor]:
-        return [slot.vector(self.state[slot.parameter], name, axes) for name, axes in self.recipe_of(slot).vectors]
+        return [
+            slot.vector(
+                self.state[slot.parameter], name, vector_shape(slot.layout.shape, axes), compute_dtype(slot.dtype)
+            )
+            for name, axes in self.recipe_of(slot).vectors
+        ]
 
     def _norm_tables(self, active: Active) -> dict[torch.device, torch.Tensor]:
         """The squared norm of every parameter's gradient, on each device."""

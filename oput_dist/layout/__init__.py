@@ -2,56 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
-from .boxes import Box, box_of, boxes_of_range
+from .box import Box, boxes_of_range
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
+from .fsdp1 import Flat, Fragment, clean_name, flattened_in, fsdp1_layouts
+from .fsdp2 import managed_by_fsdp2, replaced_by_fsdp2
 from .partitioned import Partitioned
 from .plain import Plain
 
 __all__ = [
     "Box",
+    "Distributed",
+    "Flat",
+    "Fragment",
     "Layout",
     "LayoutError",
-    "box_of",
     "boxes_of_range",
+    "clean_name",
     "dense_strides",
     "flat",
+    "flattened_in",
     "layout_of",
+    "layouts_of",
     "local_tensor",
+    "managed_by_fsdp2",
+    "replaced_by_fsdp2",
     "same_order",
     "whole_or_local",
 ]
 
 
-def layout_of(parameter: torch.Tensor, shard_group: dist.ProcessGroup | None = None) -> Layout:
-    """The layout of a parameter.
+def layouts_of(
+    parameter: torch.Tensor,
+    shard_group: dist.ProcessGroup | None = None,
+    flattened: Mapping[torch.Tensor, Flat] | None = None,
+) -> list[Layout]:
+    """The layouts of a parameter: one, or one for each original parameter of one that FSDP1 flattened.
+
+    All ranks get as many, in the same order, also where they hold nothing of an original parameter.
 
     Args:
-        parameter: a plain tensor or a DTensor.
+        parameter: a plain tensor, a DTensor, or what FSDP1 made.
         shard_group: partition the update and the state of a replicated parameter over this group (ZeRO-1).
+        flattened: what :func:`flattened_in` found in the module.
 
     Raises:
-        LayoutError: for a parameter that is sharded already and a ``shard_group``, or with partial placements.
+        LayoutError: for a parameter that is sharded already and a ``shard_group``, or with partial placements, or on a
+            mesh without this rank.
     """
+    if flattened is not None and parameter in flattened:
+        if shard_group is not None:
+            raise LayoutError(_ALREADY.format("was sharded by FSDP1 (FullyShardedDataParallel)"))
+        return fsdp1_layouts(parameter, flattened[parameter])
+    return [layout_of(parameter, shard_group)]
+
+
+def layout_of(parameter: torch.Tensor, shard_group: dist.ProcessGroup | None = None) -> Layout:
+    """The layout of a parameter of which no module is known. See :func:`layouts_of`."""
     if isinstance(parameter, DTensor):
         layout = Distributed(parameter)
         if shard_group is not None:
-            raise LayoutError(
-                f"shard_group= is for replicated plain parameters, but this one is a DTensor placed as "
-                f"{parameter.placements}; leave shard_group out: its state is laid out like the parameter"
-            )
+            raise LayoutError(_ALREADY.format(f"is a DTensor placed as {parameter.placements}"))
         return layout
     if is_flattened(parameter):
         if shard_group is not None:
-            raise LayoutError("shard_group= is for replicated parameters, but FSDP1 shards this one already")
+            raise LayoutError(_ALREADY.format("was sharded by FSDP1 (FullyShardedDataParallel)"))
         return Flattened(parameter)
     return Plain(parameter) if shard_group is None else Partitioned(parameter, shard_group)
+
+
+_ALREADY = (
+    "shard_group= is for replicated plain parameters, but this one {}; leave shard_group out: its state is laid out "
+    "like the parameter"
+)
 
 
 def whole_or_local(tensor: torch.Tensor) -> torch.Tensor:

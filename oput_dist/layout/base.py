@@ -84,9 +84,21 @@ class Layout(ABC):
         """The local memory of what :meth:`vector` made: all of it."""
         return value
 
-    def partial(self, gradient: torch.Tensor) -> tuple[bool, ...]:
-        """For each of :attr:`partial_groups`, whether a gradient is a partial sum over it."""
-        return (False,) * len(self.partial_groups)
+    def fault_of(self, gradient: torch.Tensor) -> str | None:
+        """How a gradient is laid out so that its piece cannot be taken, and what to do; None if it can."""
+        return None
+
+    def partial(self, gradient: torch.Tensor) -> tuple[float, ...]:
+        """For each of :attr:`partial_groups`, what this rank's value counts for in the sum over it; 0: it is no sum."""
+        return (0.0,) * len(self.partial_groups)
+
+    def partial_piece(self, gradient: torch.Tensor) -> torch.Tensor:
+        """This rank's terms of a gradient that is a partial sum, in the shape of its piece."""
+        raise NotImplementedError
+
+    def placed(self, local: torch.Tensor) -> torch.Tensor:
+        """A tensor laid out like the parameter, of which this rank holds ``local``."""
+        return local
 
     def pieces(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         """The pieces of all ranks of :attr:`gather_group`, in rank order, as views of the whole parameter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -87,11 +87,14 @@ def _ranges(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[slice, 
 
 
 def in_order(boxes: tuple[Box, ...], order: Sequence[int]) -> tuple[Box, ...]:
-    """Boxes of a tensor whose dimension ``i`` is dimension ``order[i]`` of the wanted one, as boxes of the wanted one."""
+    """Boxes of a tensor whose dimension ``i`` is dimension ``order[i]`` of another, as boxes of that other."""
     back = sorted(range(len(order)), key=lambda i: order[i])
-
-    def turned(box: Box) -> Box:
-        shape, index, strides = (tuple(what[i] for i in back) for what in (box.shape, box.index, box.strides))
-        return replace(box, shape=shape, index=index, strides=strides)
-
-    return tuple(turned(box) for box in boxes)
+    return tuple(
+        Box(
+            box.start,
+            tuple(box.shape[i] for i in back),
+            tuple(box.index[i] for i in back),
+            tuple(box.strides[i] for i in back),
+        )
+        for box in boxes
+    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from .base import Layout, LayoutError
-from .boxes import Index, box_of
+from .box import Box, Index, one_box
 from .flat import dense_strides
 
-__all__ = ["Distributed"]
+__all__ = ["Distributed", "local_tensor"]
 
 
 class Distributed(Layout):
@@ -28,45 +31,100 @@ class Distributed(Layout):
         self._placements = parameter.placements
         if any(placement.is_partial() for placement in self._placements):
             raise LayoutError(f"placements {self._placements} of a parameter: partial sums cannot be optimized")
+        coordinate = self._mesh.get_coordinate()
+        if coordinate is None:
+            raise LayoutError(
+                f"it is a DTensor on {self._mesh}, which this rank is not part of: give each rank's optimizer only the "
+                "parameters whose mesh holds that rank"
+            )
+        self._coordinate = tuple(coordinate)
         local = local_tensor(parameter)
-        self._device, self._local_shape, self._local_strides = local.device, local.shape, dense_strides(local)
-        self.groups: tuple[dist.ProcessGroup, ...] = tuple(
-            self._mesh.get_group(dim)
-            for dim, placement in enumerate(self._placements)
-            if not placement.is_replicate() and self._mesh.size(dim) > 1
-        )
+        self.device, self._local_shape, self._local_strides = local.device, local.shape, dense_strides(local)
+        spread = [dim for dim in range(self._mesh.ndim) if self._mesh.size(dim) > 1]
+        self._replicated = [dim for dim in spread if self._placements[dim].is_replicate()]
+        self.groups = self._groups(dim for dim in spread if dim not in self._replicated)
+        self.partial_groups = self._groups(self._replicated)
 
-        self.boxes = box_of(_indices(self.shape, self._mesh, self._placements, local.shape))
+    def _groups(self, dims: Iterable[int]) -> tuple[dist.ProcessGroup, ...]:
+        return tuple(self._mesh.get_group(dim) for dim in dims)
 
-    def vector(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        local = torch.zeros(shape, dtype=dtype, device=self._device)
-        replicas = [Replicate()] * self._mesh.ndim
-        return DTensor.from_local(local, self._mesh, replicas, run_check=False)
+    @functools.cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        index = _index(self.shape, self._mesh, self._placements, self._coordinate)
+        sizes = tuple(_length(part) for part in index)
+        if prod(sizes) != self._local_shape.numel():
+            raise LayoutError(
+                f"placements {self._placements} on {self._mesh} give this rank {sizes} of shape {tuple(self.shape)}, "
+                f"but it holds {tuple(self._local_shape)}"
+            )
+        return one_box(index, sizes, self._local_strides)
 
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
             raise LayoutError("a plain tensor where a DTensor is needed: gradients must be placed like their parameter")
         if tensor.placements != self._placements:
-            # Tensor parallel hands out gradients of replicated parameters as partial sums, on all ranks alike: a rank
-            # that had none would keep the others waiting here, as it did in the backward pass.
+            # What is partial was added up before (see partial), so that this is local for gradients in a step.
             tensor = tensor.redistribute(self._mesh, self._placements)
         return local_tensor(tensor)
+
+    def partial(self, gradient: torch.Tensor) -> tuple[float, ...]:
+        if not isinstance(gradient, DTensor) or self._far_from(gradient):
+            return super().partial(gradient)
+        return tuple(_share(gradient.placements[dim], self._mesh.size(dim)) for dim in self._replicated)
+
+    def partial_piece(self, gradient: torch.Tensor) -> torch.Tensor:
+        assert isinstance(gradient, DTensor)
+        wanted = [
+            there if _share(there, 1) and here.is_replicate() else here
+            for here, there in zip(self._placements, gradient.placements, strict=True)
+        ]
+        return local_tensor(gradient.redistribute(self._mesh, wanted))
+
+    def fault_of(self, gradient: torch.Tensor) -> str | None:
+        if isinstance(gradient, DTensor) and not self._far_from(gradient):
+            return None
+        where = (
+            f"placed as {gradient.placements} on {gradient.device_mesh}" if isinstance(gradient, DTensor) else "here"
+        )
+        return (
+            f"{where}, but the parameter is placed as {self._placements} on {self._mesh}: redistribute the gradient "
+            "before the step"
+        )
+
+    def _far_from(self, gradient: DTensor) -> bool:
+        """Whether laying out a gradient like the parameter takes an exchange beyond that of partial sums.
+
+        Such an exchange would hang if another rank had no gradient.
+        """
+        if gradient.device_mesh != self._mesh:
+            return True
+        return any(
+            there != here and not there.is_replicate() and not (here.is_replicate() and _share(there, 1))
+            for dim, (here, there) in enumerate(zip(self._placements, gradient.placements, strict=True))
+            if self._mesh.size(dim) > 1
+        )
 
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
         return self._zeros(dtype)
 
     def _zeros(self, dtype: torch.dtype) -> DTensor:
-        local = torch.empty_strided(self._local_shape, self._local_strides, dtype=dtype, device=self._device).zero_()
+        local = torch.empty_strided(self._local_shape, self._local_strides, dtype=dtype, device=self.device).zero_()
+        return self.placed(local)
+
+    def placed(self, local: torch.Tensor) -> DTensor:
+        """The DTensor that is laid out like the parameter and of which this rank holds ``local``."""
         return DTensor.from_local(
             local, self._mesh, self._placements, run_check=False, shape=self.shape, stride=self._stride
         )
+
+    def piece_of_state(self, value: torch.Tensor) -> torch.Tensor:
+        return local_tensor(value) if isinstance(value, DTensor) else value
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape != self.shape:
             raise LayoutError(f"state of shape {tuple(value.shape)} for a parameter of shape {tuple(self.shape)}")
         if not isinstance(value, DTensor):
-            whole = value.to(self._device)
-            value = DTensor.from_local(whole, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
+            value = self._everywhere(value.to(self.device))
         if value.device_mesh != self._mesh:
             raise LayoutError(f"state on the mesh {value.device_mesh} for a parameter on {self._mesh}")
         if value.placements != self._placements:
@@ -75,6 +133,22 @@ class Distributed(Layout):
         local_tensor(result).copy_(local_tensor(value))
         return result
 
+    def vector(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._everywhere(super().vector(shape, dtype))
+
+    def memory_of_vector(self, value: torch.Tensor) -> torch.Tensor:
+        return local_tensor(value) if isinstance(value, DTensor) else value
+
+    def _everywhere(self, whole: torch.Tensor) -> DTensor:
+        return DTensor.from_local(whole, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
+
+
+def _share(placement: Placement, ranks: int) -> float:
+    """What a rank's partial value counts for in the sum over ``ranks``; 0 for what is no partial sum."""
+    if not placement.is_partial():
+        return 0.0
+    return {"sum": 1.0, "avg": 1.0 / ranks}.get(getattr(placement, "reduce_op", "sum"), 0.0)
+
 
 def local_tensor(tensor: DTensor) -> torch.Tensor:
     """The local piece as a plain tensor, without autograd's copy; waits for a collective that still runs."""
@@ -82,38 +156,81 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
-def _indices(
-    shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement], local_shape: torch.Size
-) -> list[Index]:
-    """The global indices of the local piece along each axis.
-
-    Sharding an axis is a map of its indices to ranks that torch knows; so the indices themselves are sharded, as a
-    1-d tensor, in the way in which the axis is.
-    """
-    result: list[Index] = []
-    for axis, (size, local_size) in enumerate(zip(shape, local_shape, strict=True)):
-        if size == local_size:
-            result.append(slice(0, size))
-            continue
-        mine = torch.arange(size, device="cpu")
-        coordinates = mesh.get_coordinate()
-        assert coordinates is not None
-        for dim in _order_of_cuts(placements, axis):
-            parts = list(mine.chunk(mesh.size(dim))) if len(mine) else []
-            rank = coordinates[dim]
-            mine = parts[rank] if rank < len(parts) else mine[:0]
-        assert len(mine) == local_size
-        first = int(mine[0]) if len(mine) else 0
-        contiguous = torch.equal(mine, torch.arange(first, first + len(mine)))
-        result.append(slice(first, first + len(mine)) if contiguous else mine)
-    return result
+# --------------------------------------------------------------------------------------------- which indices a rank has
 
 
-def _order_of_cuts(placements: Sequence[Placement], axis: int) -> list[int]:
-    """The mesh dimensions that cut an axis, in the order of the cuts: a strided shard is cut after the plain ones."""
-    strided = [dim for dim, p in enumerate(placements) if _strided(p, axis)]
-    return [dim for dim, p in enumerate(placements) if p.is_shard(axis) and dim not in strided] + strided
+class _Cut(NamedTuple):
+    """One mesh dimension that cuts a tensor dimension."""
+
+    ranks: int
+    strides: int
+    """Into how many parts later mesh dimensions cut the dimension first (``_StridedShard``); 1 for ``Shard``."""
+    mesh_dim: int
 
 
-def _strided(placement: Placement, axis: int) -> bool:
-    return isinstance(placement, _StridedShard) and placement.dim == axis
+def _index(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], coordinate: Sequence[int]
+) -> tuple[Index, ...]:
+    """For each dimension the global indices that the rank at ``coordinate`` of the mesh holds."""
+    found: list[Index] = []
+    for dim, size in enumerate(shape):
+        cuts = [
+            _Cut(mesh.size(mesh_dim), getattr(placement, "split_factor", 1), mesh_dim)
+            for mesh_dim, placement in enumerate(placements)
+            if getattr(placement, "dim", None) == dim
+        ]
+        found.append(_as_slice(_from_the_left(size, cuts, dict(enumerate(coordinate)))))
+        if not _unambiguous(size, cuts):
+            raise LayoutError(
+                f"dimension {dim} of size {size} does not divide evenly by placements {tuple(placements)}: which "
+                "indices a rank holds depends on the order of cutting; choose a size that the ranks divide"
+            )
+    if sum(isinstance(part, torch.Tensor) for part in found) > 1:
+        raise LayoutError(f"placements {tuple(placements)}: two dimensions that are both cut in strides")
+    return tuple(found)
+
+
+def _from_the_left(size: int, cuts: Sequence[_Cut], coordinate: Mapping[int, int]) -> torch.Tensor:
+    """The indices as DTensor defines them: mesh dimensions cut one after the other."""
+    index = torch.arange(size)
+    for cut in cuts:
+        parts = [_part(index, cut.strides, i) for i in range(cut.strides)]
+        index = torch.cat([_part(part, cut.ranks, coordinate[cut.mesh_dim]) for part in parts])
+    return index
+
+
+def _from_the_right(size: int, cuts: Sequence[_Cut], coordinate: Mapping[int, int]) -> torch.Tensor:
+    """The indices as FSDP2 makes them: what tensor parallelism cut is cut again."""
+    index = torch.arange(size)
+    for cut in [*(c for c in cuts if c.strides == 1), *(c for c in reversed(cuts) if c.strides > 1)]:
+        index = _part(index, cut.ranks, coordinate[cut.mesh_dim])
+    return index
+
+
+def _unambiguous(size: int, cuts: Sequence[_Cut]) -> bool:
+    """Whether both ways of cutting give every rank the same; they may not if a strided dimension is uneven."""
+    if all(cut.strides == 1 for cut in cuts) or size % prod(cut.ranks for cut in cuts) == 0:
+        return True
+    for ranks in itertools.product(*(range(cut.ranks) for cut in cuts)):
+        coordinate = dict(zip((cut.mesh_dim for cut in cuts), ranks, strict=True))
+        if not torch.equal(_from_the_left(size, cuts, coordinate), _from_the_right(size, cuts, coordinate)):
+            return False
+    return True
+
+
+def _part(index: torch.Tensor, parts: int, number: int) -> torch.Tensor:
+    """One of the parts that ``torch.chunk`` makes, empty where it makes fewer."""
+    size = -(-len(index) // parts)
+    return index[number * size : (number + 1) * size]
+
+
+def _as_slice(index: torch.Tensor) -> Index:
+    """A range of indices as a slice."""
+    if not len(index):
+        return slice(0, 0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
+
+
+def _length(part: Index) -> int:
+    return len(part) if isinstance(part, torch.Tensor) else part.stop - part.start

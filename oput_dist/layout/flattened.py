@@ -1,9 +1,11 @@
-"""Parameters that FSDP1 flattened: their pieces are known, their shapes and neighbours are not."""
+"""Bare parameters that FSDP1 flattened: their pieces are known, their shapes and neighbours are not."""
 
 from __future__ import annotations
 
 import torch
 
+from .base import LayoutError
+from .box import Box
 from .plain import Plain
 
 __all__ = ["Flattened", "is_flattened"]
@@ -18,6 +20,11 @@ class Flattened(Plain):
     """A range of a flat parameter: enough for elementwise updates, which need nothing of the rest."""
 
     why_no_sums = (
-        "FSDP1 flattens it, so its shape and the ranks that hold the rest are not known here; "
-        "wrap the model with torch.distributed.fsdp.fully_shard (FSDP2), or take an elementwise optimizer"
+        "FSDP1 (FullyShardedDataParallel) flattened it, so its shape and the ranks that hold the rest are not known "
+        "from the parameter alone: pass the wrapped module in place of its parameters, Optimizer(fsdp_module, ...), or "
+        "beside parameter groups as module=fsdp_module"
     )
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        raise LayoutError(self.why_no_sums)

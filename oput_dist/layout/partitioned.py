@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .base import Layout
-from .boxes import box_of
+from .box import Box
 from .dtensor import Distributed
 
 __all__ = ["Partitioned"]
@@ -37,12 +38,15 @@ class Partitioned(Layout):
         height = -(-rows // ranks)
         self._bounds = [(min(r * height, rows), min((r + 1) * height, rows)) for r in range(ranks)]
         self._rows = self._bounds[rank]
-        whole = [slice(0, size) for size in parameter.shape]
-        self.boxes = box_of([slice(*self._rows), *whole[1:]] if self._split else whole)
         self.groups = (group,) if self._split and ranks > 1 else ()
         self.gather_group = group if ranks > 1 else None
+        self.device = parameter.device
         mesh = _mesh(group, parameter.device.type)
         self._state = Distributed(_on_mesh(parameter, self.piece(parameter), mesh, self._split))
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        return self._state.boxes
 
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor[self._rows[0] : self._rows[1]] if self._split else tensor
@@ -56,11 +60,17 @@ class Partitioned(Layout):
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
         return self._state.zeros(dtype)
 
-    def vector(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return self._state.vector(shape, dtype)
-
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         return self._state.adopt(value)
+
+    def piece_of_state(self, value: torch.Tensor) -> torch.Tensor:
+        return self._state.piece_of_state(value)
+
+    def vector(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._state.vector(shape, dtype)
+
+    def memory_of_vector(self, value: torch.Tensor) -> torch.Tensor:
+        return self._state.memory_of_vector(value)
 
 
 def _on_mesh(parameter: torch.Tensor, piece: torch.Tensor, mesh: DeviceMesh, split: bool) -> DTensor:

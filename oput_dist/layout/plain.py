@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
-from .boxes import box_of
+from .box import Box, one_box, whole_index
 from .flat import dense_strides
 
 __all__ = ["Plain"]
@@ -15,20 +17,21 @@ __all__ = ["Plain"]
 class Plain(Layout):
     """A parameter that is whole on this rank."""
 
-    def __init__(self, parameter: torch.Tensor) -> None:
+    def __init__(self, parameter: torch.Tensor, name: str | None = None) -> None:
+        self.name = name
         self.shape = parameter.shape
-        self._device = parameter.device
+        self.device = parameter.device
         self._strides = dense_strides(parameter)
-        self.boxes = box_of([slice(0, size) for size in parameter.shape])
+
+    @functools.cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        return one_box(whole_index(self.shape), self.shape, self._strides)
 
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
     def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=self._device).zero_()
-
-    def vector(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self._device)
+        return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=self.device).zero_()
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):

@@ -7,17 +7,20 @@ from typing import Any
 from oput_dist.engine import Optimizer, Params
 from oput_dist.engine.hyper import nearest
 
+from .adafactor import Adafactor
 from .adam import Adam, AdamW
+from .adamp import AdamP
 from .adan import Adan
 from .lamb import Lamb
 from .lion import Lion
+from .momo import Momo
 from .sgd import SGD
 from .stableadamw import StableAdamW
 
 __all__ = ["OPTIMIZERS", "available", "create", "lookup"]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
-    cls.__name__.lower(): cls for cls in (Adam, AdamW, Adan, Lamb, Lion, SGD, StableAdamW)
+    cls.__name__.lower(): cls for cls in (Adafactor, Adam, AdamP, AdamW, Adan, Lamb, Lion, Momo, SGD, StableAdamW)
 }
 
 

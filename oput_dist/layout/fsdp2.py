@@ -1,0 +1,27 @@
+"""What ``fully_shard`` (FSDP2) leaves behind on and beside parameters, where their layout alone does not tell."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed import _composable_state
+
+__all__ = ["managed_by_fsdp2", "replaced_by_fsdp2"]
+
+
+def replaced_by_fsdp2(parameter: torch.Tensor) -> bool:
+    """Whether ``fully_shard`` put another parameter in place of this one, which nothing trains any more.
+
+    Versions of torch that leave no mark give False.
+    """
+    return "_fsdp_orig_uid" in parameter.__dict__
+
+
+def managed_by_fsdp2() -> set[int]:
+    """The ids of all parameters whose gradients FSDP2 reduces itself, so that they never come as partial sums.
+
+    Where torch keeps no such list, nothing: gradients are then exchanged needlessly, and are right.
+    """
+    states = [reference() for reference in getattr(_composable_state, "_module_state_mapping", {}).values()]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    groups += [group for state in states if (group := getattr(state, "__dict__", {}).get("_fsdp_param_group"))]
+    return {id(parameter.sharded_param) for group in groups for parameter in group.fsdp_params}
