@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,39 +130,42 @@ def test_the_scale_of_a_grad_scaler_cancels(name: str) -> None:
 def scaled_on_ranks(layout: str) -> tuple[list[float], list[Tensor], int]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    wrapped: nn.Module = module
     if layout == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-
         fully_shard(module)
-        wrapped: nn.Module = module
+    elif layout == "fsdp1":
+        wrapped = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+        scaler = ShardedGradScaler("cpu", init_scale=64.0, growth_interval=2)
     else:
         wrapped = DistributedDataParallel(module)
     options = {"shard_group": dist.group.WORLD} if layout == "zero1" else {}
-    optimizer = oput.Lamb(wrapped.parameters(), lr=0.1, weight_decay=0.1, **options)
-    scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    optimizer = oput.Lamb(wrapped, lr=0.1, weight_decay=0.1, **options)
     scales = []
     for step in range(4):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         scaler.scale(wrapped(x).square().mean()).backward()
-        if (step == 1 and dist.get_rank() == 1) or (step == 1 and layout != "fsdp2"):
-            gradient = next(iter(wrapped.parameters())).grad
-            assert gradient is not None
+        if step == 1 and (dist.get_rank() == 1 or not layout.startswith("fsdp")):
+            gradient = next(p.grad for p in wrapped.parameters() if p.grad is not None)
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(math.inf)
         scaler.step(optimizer)
         scaler.update()
         scales.append(scaler.get_scale())
+    if layout == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            return scales, [p.detach().clone() for p in wrapped.parameters()], optimizer.skipped
     wholes = [p.full_tensor() if isinstance(p, DTensor) else p for p in wrapped.parameters()]
     return scales, [w.detach() for w in wholes], optimizer.skipped
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero1", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "fsdp2", "fsdp1"])
 def test_sharded_ranks_skip_and_scale_together(pool: Pool, layout: str) -> None:
-    """With FSDP2 only rank 1 sees the overflow; with replicas all do."""
+    """With FSDP only rank 1 sees the overflow; with replicas all do. FSDP1's scaler skips the step by itself."""
     ((scales, found, skipped),) = pool.run(1, scaled_on_ranks, "ddp")
     assert skipped == 1
     for rank_scales, params, rank_skipped in pool.run(2, scaled_on_ranks, layout):
         assert rank_scales == scales
-        assert rank_skipped == 1
+        assert rank_skipped == (0 if layout == "fsdp1" else 1)
         for p, wanted in zip(params, found, strict=True):
             torch.testing.assert_close(p, wanted, rtol=0, atol=2e-7)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from oput_dist.backends import BACKENDS, check_backend
-from oput_dist.layout import clean_name
+from oput_dist.layout import clean_name, is_flattened
 
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive
 from .load import load_state_dict
@@ -100,7 +100,11 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
-    _step_supports_amp_scaling = True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by GradScaler. FSDP1's own one tells ranks of each other's overflows only while it unscales gradients."""
+        return not any(is_flattened(p) for group in self.param_groups for p in group["params"])
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         unknown = [name for name in common if name not in Common.__annotations__]

@@ -30,6 +30,7 @@ __all__ = [
     "dense_strides",
     "flat",
     "flattened_in",
+    "is_flattened",
     "layout_of",
     "layouts_of",
     "local_tensor",
