@@ -11,18 +11,21 @@ import torch
 
 from oput_dist.kernels.language import HAS_TRITON
 
-from .batch import Backend, Batch, Boxes, Row, Scalars, compute_dtype
+from .batch import Backend, Batch, Row, Scalars, Stack, compute_dtype
+from .packing import PACK, SMALL
 from .torchlike import Compile, Eager, Foreach
 from .transfer import send
 from .triton import Triton
 
 __all__ = [
     "BACKENDS",
+    "PACK",
+    "SMALL",
     "Backend",
     "Batch",
-    "Boxes",
     "Row",
     "Scalars",
+    "Stack",
     "backend",
     "check_backend",
     "choose",

@@ -13,7 +13,7 @@ from oput_dist.kernels.stage import Prologue, Stage
 
 from .transfer import send
 
-__all__ = ["Backend", "Batch", "Boxes", "Scalars", "compute_dtype"]
+__all__ = ["Backend", "Batch", "Scalars", "Stack", "compute_dtype"]
 
 Row = tuple[Any, ...]
 """``(decay, *h)``: Python floats, or 0-d tensors on the device for what only the device knows."""
@@ -74,18 +74,19 @@ class Batch:
 
 
 @dataclass
-class Boxes:
-    """A batch whose stage sees the axes of its parameters: n-d views of boxes of them, none empty."""
+class Stack:
+    """Boxes of one shape and one order of memory, for a stage that sees axes: run together, along a leading axis."""
 
-    p: list[torch.Tensor]
-    g: list[torch.Tensor]
-    state: list[tuple[torch.Tensor, ...]]
+    shape: tuple[int, ...]
+    """Of each box."""
+    strides: tuple[int, ...]
+    """Of each box in its flat memory."""
+    tensors: list[list[torch.Tensor]]
+    """The boxes of the parameters, of the gradients, and of each state: flat tensors."""
     which: list[int]
-    """For each box, the index of its tensor in :attr:`batch`."""
-    factors: list[tuple[torch.Tensor, ...]]
-    """For each box, what the stage is given: tensors that broadcast against it."""
-    batch: Batch
-    """The whole tensors, with their scalars."""
+    """For each box, the index of its tensor in the batch."""
+    factors: tuple[torch.Tensor, ...]
+    """What the stage is given: tensors that broadcast against ``[boxes, *shape]``."""
 
 
 class Backend(Protocol):
@@ -107,11 +108,11 @@ class Backend(Protocol):
         """
         ...
 
-    def run_boxes(self, stage: Stage, boxes: Boxes) -> list[tuple[torch.Tensor, ...]]:
+    def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
         """Run a stage in place that sums over some axes only, or is given vectors.
 
         Returns:
-            for a Measure: for each box the sum of each term, float64, of size one along the axes that were summed;
-            else nothing.
+            for a Measure: for each stack the sum of each term, float64, ``[boxes, *axes]``, of size one along the axes
+            that were summed; else nothing.
         """
         ...

@@ -35,7 +35,8 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
         prologue: what precedes the rule.
         kind: the NamedTuple class of ``h``.
         summed: whether a Measure returns sums, in float64, in place of elementwise terms.
-        ndim: the number of axes of a box, whose sums keep axes as the stage says; None for flat tensors, summed whole.
+        ndim: the number of axes of a stack of boxes, whose sums keep the first and others as the stage says; None for
+            flat tensors, summed whole.
     """
     rule = as_torch(stage.rule)
     summed_axes = [_others(axes, ndim) for axes in stage.sums] if isinstance(stage, Measure) else []
@@ -98,8 +99,8 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
 
 
 def _others(axes: Axes, ndim: int | None) -> Axes | None:
-    """The axes that a sum runs over."""
-    return None if ndim is None else tuple(axis for axis in range(ndim) if axis not in axes)
+    """The axes of a stack that a sum runs over."""
+    return None if ndim is None else tuple(axis for axis in range(1, ndim) if axis - 1 not in axes)
 
 
 def factors_of(stage: Stage, rows: torch.Tensor, kind: type, sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

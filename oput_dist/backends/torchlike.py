@@ -5,13 +5,15 @@ They differ in two choices only: whether small tensors are packed, and how a bod
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from oput_dist.kernels.stage import Axes, Measure, Prologue, Stage, Update
 
-from .batch import Batch, Boxes, compute_dtype
+from .batch import Batch, Stack, compute_dtype
 from .body import Body, body_of, factors_of
 from .packing import Pack, packs, segment_sums
 from .transfer import send
@@ -97,34 +99,39 @@ class TorchBackend:
         terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
         if out is not None:
             out[index] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
-        changed = [0] if not isinstance(stage, Measure) else []
-        if isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state):
-            changed += range(2, len(lists))
-        for number in changed:
+        for number in _changed(stage, len(lists)):
             torch._foreach_copy_(lists[number], gathered[number][1])
 
-    def run_boxes(self, stage: Stage, boxes: Boxes) -> list[tuple[torch.Tensor, ...]]:
+    def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
         """See :class:`Backend`."""
-        batch = boxes.batch
         dtype = compute_dtype(batch.p[0].dtype)
         scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
         rows = batch.scalars.distinct.to(dtype)
-        sums = []
-        for i, p in enumerate(boxes.p):
-            body = self._body(stage, batch, summed=True, ndim=p.dim())
-            row = rows[batch.scalars.which[boxes.which[i]]]
-            tensors = (p, boxes.g[i], *boxes.state[i])
-            parts = _row_ranges(p, self.chunk)
-            made = [
-                body(a, b, tuple(rest), row, scale, tuple(_rows(c, start, stop) for c in boxes.factors[i]))
-                for start, stop in parts
-                for a, b, *rest in [[t[start:stop] if len(parts) > 1 else t for t in tensors]]
-            ]
-            if isinstance(stage, Measure):
-                sums.append(
-                    tuple(_joined(terms, axes) for terms, axes in zip(zip(*made, strict=True), stage.sums, strict=True))
-                )
-        return sums
+        return [self._run_stack(stage, batch, stack, rows, scale) for stack in stacks]
+
+    def _run_stack(
+        self, stage: Stage, batch: Batch, stack: Stack, rows: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        n, ndim = len(stack.which), len(stack.shape)
+        packed = [tensors[0] if n == 1 else torch.cat(tensors) for tensors in stack.tensors]
+        size = packed[0].numel() // n
+        p, g, *state = [t.as_strided((n, *stack.shape), (size, *stack.strides), t.storage_offset()) for t in packed]
+        which = [batch.scalars.which[i] for i in stack.which]
+        one = all(w == which[0] for w in which)
+        row = rows[which[0]] if one else rows[torch.tensor(which, device=rows.device)].T.reshape(-1, n, *[1] * ndim)
+        body = self._body(stage, batch, summed=True, ndim=ndim + 1)
+        parts = [(0, stack.shape[0])] if n > 1 else _row_ranges(stack.shape, self.chunk)
+        made = []
+        for start, stop in parts:
+            p_part, g_part, *state_part = [t[:, start:stop] for t in (p, g, *state)]
+            c = tuple(_rows(factor, start, stop) for factor in stack.factors)
+            made.append(body(p_part, g_part, tuple(state_part), row, scale, c))
+        if n > 1:
+            for number in _changed(stage, len(packed)):
+                torch._foreach_copy_(stack.tensors[number], list(torch.split(packed[number], size)))
+        if not isinstance(stage, Measure):
+            return ()
+        return tuple(_joined(terms, axes) for terms, axes in zip(zip(*made, strict=True), stage.sums, strict=True))
 
     def _body(self, stage: Stage, batch: Batch, summed: bool, ndim: int | None = None) -> Body:
         kind = batch.scalars.kind
@@ -139,24 +146,30 @@ class TorchBackend:
         return self.prepare(body_of(stage, prologue, kind, summed, ndim), stage)
 
 
-def _row_ranges(p: torch.Tensor, chunk: int) -> list[tuple[int, int]]:
+def _changed(stage: Stage, count: int) -> list[int]:
+    """Which of parameter, gradient and state, ``count`` together, a stage writes."""
+    changed = [] if isinstance(stage, Measure) else [0]
+    if isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state):
+        changed += range(2, count)
+    return changed
+
+
+def _row_ranges(shape: Sequence[int], chunk: int) -> list[tuple[int, int]]:
     """Ranges of the first axis, of about ``chunk`` elements each."""
-    if p.dim() == 0:
-        return [(0, 1)]
-    rows = max(1, chunk // max(1, p.numel() // p.shape[0]))
-    return [(start, min(start + rows, p.shape[0])) for start in range(0, p.shape[0], rows)]
+    rows = max(1, chunk // max(1, math.prod(shape[1:])))
+    return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 
 def _rows(factor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """The rows of a factor that belong to a range of the first axis."""
-    return factor[start:stop] if factor.dim() and factor.shape[0] > 1 else factor
+    """The rows of stacked factors that belong to a range of the first axis."""
+    return factor[:, start:stop] if factor.shape[1] > 1 else factor
 
 
 def _joined(terms: tuple[torch.Tensor, ...], axes: Axes) -> torch.Tensor:
-    """One sum of a box from those of its ranges of the first axis."""
+    """One sum of a stack from those of ranges of the first axis."""
     if len(terms) == 1:
         return terms[0]
-    return torch.cat(terms) if 0 in axes else torch.stack(terms).sum(0)
+    return torch.cat(terms, 1) if 0 in axes else torch.stack(terms).sum(0)
 
 
 class Eager(TorchBackend):

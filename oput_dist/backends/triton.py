@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, segmented_sum
 from oput_dist.kernels.stage import Measure, Stage
 
-from .batch import Batch, Boxes
+from .batch import Batch, Stack
 from .torchlike import Compile, Eager
 from .transfer import send
 
@@ -71,10 +72,10 @@ class Triton:
             segmented_sum[(len(batch.p),)](partial, grid.first_tile, out, N_TERMS=terms, BLOCK=BLOCK)
         return out
 
-    def run_boxes(self, stage: Stage, boxes: Boxes) -> list[tuple[torch.Tensor, ...]]:
+    def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
         """See :class:`Backend`. On a GPU torch.compile makes Triton kernels of these stages."""
-        backend = self._compile if boxes.p[0].device.type == "cuda" else self._eager
-        return backend.run_boxes(stage, boxes)
+        backend = self._compile if batch.p[0].device.type == "cuda" else self._eager
+        return backend.run_stacks(stage, batch, stacks)
 
 
 def _grid(batch: Batch, device: torch.device) -> _Grid:

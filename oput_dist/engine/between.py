@@ -36,7 +36,7 @@ class Between:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._totals: dict[torch.device, tuple[Boundary, torch.Tensor]] = {}
-        self._factors: dict[int, list[torch.Tensor]] = {}  # slot -> factors, each with the parameter's axes
+        self._factors: dict[int, list[tuple[torch.Tensor, int]]] = {}  # slot -> factors of its family, and its place
         self._joint: dict[int, torch.Tensor] = {}  # group -> its factors
 
     def settle(self, number: int, boundary: Boundary, table: torch.Tensor, device: torch.device) -> None:
@@ -71,8 +71,8 @@ class Between:
         compute = compute_dtype(family.slots[0].dtype)
         for factor, kept in zip(factors, given.axes, strict=True):
             whole = factor.to(compute).expand(n, *broadcast_shape(family.shape, kept))
-            for slot, one in zip(family.slots, whole.unbind(0), strict=True):
-                self._factors.setdefault(slot.index, []).append(one)
+            for place, slot in enumerate(family.slots):
+                self._factors.setdefault(slot.index, []).append((whole, place))
 
     def _vectors(self, family: Family, name: str, axes: Axes) -> list[torch.Tensor]:
         """The vector state of all members, each rank's copy; of what is frozen, zeros that are not kept."""
@@ -122,7 +122,7 @@ class Between:
             rows = torch.stack([self._joint[group] for group in groups]).to(device, non_blocking=True)
             which = torch.tensor([groups.index(slot.group) for slot in slots], device="cpu")
             return rows[send(which, device)]
-        return torch.stack([torch.stack([f.reshape(()) for f in self._factors[slot.index]]) for slot in slots])
+        return torch.stack([torch.stack([f[i].reshape(()) for f, i in self._factors[slot.index]]) for slot in slots])
 
     def _places(self, key: Any, boundary: Boundary, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
         if key not in batch.cache:
@@ -130,24 +130,28 @@ class Between:
         places: torch.Tensor = batch.cache[key]
         return places
 
-    def boxes(self, number: int, recipe: Recipe, slots: Sequence[Slot]) -> list[tuple[torch.Tensor, ...]]:
-        """What a stage that needs axes is given: for each box of the slots, factors that broadcast against it."""
+    def factors(
+        self, number: int, recipe: Recipe, slots: Sequence[Slot], own: Sequence[Any]
+    ) -> tuple[torch.Tensor, ...]:
+        """What a stage that sees axes is given for boxes that lie alike, at indices ``own``, in slots of one family."""
         axes = recipe.factors(number)
-        return [
-            tuple(_part(factor, box.index, kept) for factor, kept in zip(self._factors[slot.index], axes, strict=False))
-            if axes
-            else ()
-            for slot in slots
-            for box in slot.boxes
-        ]
+        if not axes:
+            return ()
+        result = []
+        for k, kept in enumerate(axes):
+            family = self._factors[slots[0].index][k][0]
+            rows = [self._factors[slot.index][k][1] for slot in slots]
+            whole = family if rows == list(range(len(family))) else family[torch.tensor(rows, device=family.device)]
+            result.append(_part(whole, own, kept))
+        return tuple(result)
 
 
 def _part(factor: torch.Tensor, index: Sequence[Any], axes: Axes) -> torch.Tensor:
-    """The part of a factor that belongs to a box."""
+    """The part of stacked factors that belongs to boxes."""
     for axis in axes:
         own = index[axis]
         if isinstance(own, slice):
-            factor = factor[(slice(None),) * axis + (own,)]
+            factor = factor[(slice(None),) * (axis + 1) + (own,)]
         else:
-            factor = factor.index_select(axis, own.to(factor.device))
+            factor = factor.index_select(axis + 1, own.to(factor.device))
     return factor

@@ -103,7 +103,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Read by GradScaler. FSDP1's own one tells ranks of each other's overflows only while it unscales gradients."""
+        """Read by GradScaler. FSDP1's own tells ranks of each other's overflows only while it unscales gradients."""
         return not any(is_flattened(p) for group in self.param_groups for p in group["params"])
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:

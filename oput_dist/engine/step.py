@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oput_dist.backends import BACKENDS, Batch, Boxes, Scalars, choose, compute_dtype, send
+from oput_dist.backends import BACKENDS, Batch, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule, gather_pieces
 from oput_dist.kernels.stage import Joint, Prologue, Vectors
 
@@ -18,6 +18,7 @@ from .norm import clip_factor, power_table
 from .plan import Plan
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
 from .slot import Slot
+from .stacks import stacks_of
 from .sums import Boundary
 
 __all__ = ["Options", "Step"]
@@ -307,10 +308,13 @@ class Step:
         stage = recipe.stages[number]
         backend = choose(self._options.backends, device, bucket.numel)
         if recipe.boxed(number):
-            boxes = _boxes(bucket.batch, bucket.slots, between.boxes(number, recipe, bucket.slots))
-            self._enter_boxes(
-                number, bucket, backend.run_boxes(stage, boxes), boundaries.get(device), tables.get(device)
-            )
+            stacks = stacks_of(bucket.batch, bucket.slots)
+            given = [between.factors(number, recipe, stack.slots, stack.index) for stack in stacks]
+            made = [stack.with_factors(factors) for stack, factors in zip(stacks, given, strict=True)]
+            sums = backend.run_stacks(stage, bucket.batch, made)
+            for stack, terms in zip(stacks, sums, strict=True):
+                for i, (axes, term) in enumerate(zip(recipe.sums(number), terms, strict=False)):
+                    boundaries[device].add(tables[device], stack.slots, i, axes, stack.index, term)
             result = None
         else:
             result = backend.run(stage, bucket.batch, between.table(number, recipe, bucket.slots, bucket.batch))
@@ -318,23 +322,6 @@ class Step:
             counted = self._counts(number, bucket)
             values = counted if result is None else torch.cat([result, counted], 1)
             tables[device][self._places(number, bucket, boundaries[device])[:, -values.shape[1] :]] = values
-
-    def _enter_boxes(
-        self,
-        number: int,
-        bucket: _Bucket,
-        sums: Sequence[tuple[torch.Tensor, ...]],
-        boundary: Boundary | None,
-        table: torch.Tensor | None,
-    ) -> None:
-        if boundary is None or table is None:
-            return
-        places = [(slot, box) for slot in bucket.slots for box in slot.boxes]
-        for (slot, box), terms in zip(places, sums, strict=True):
-            for i, (axes, term) in enumerate(zip(bucket.recipe.sums(number), terms, strict=True)):
-                own = tuple(ix if axis in axes else slice(None) for axis, ix in enumerate(box.index))
-                whole = boundary.term(table, slot, i, axes)
-                whole[own] = whole[own] + term
 
     def _places(self, number: int, bucket: _Bucket, boundary: Boundary) -> torch.Tensor:
         cache, key = bucket.batch.cache, ("places", number, id(boundary))
@@ -367,25 +354,6 @@ class Step:
                 gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
         for (group, _), slots in gathered.items():
             gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)
-
-
-def _boxes(batch: Batch, slots: Sequence[Slot], factors: list[tuple[torch.Tensor, ...]]) -> Boxes:
-    """The batch as boxes of its slots."""
-    which = [i for i, slot in enumerate(slots) for _ in slot.boxes]
-    columns = [slot.views(state) for slot, states in zip(slots, batch.state, strict=True) for state in states]
-    width = len(batch.state[0])
-    return Boxes(
-        p=[view for slot, p in zip(slots, batch.p, strict=True) for view in slot.views(p)],
-        g=[view for slot, g in zip(slots, batch.g, strict=True) for view in slot.views(g)],
-        state=[
-            tuple(columns[width * i + n][j] for n in range(width))
-            for i, slot in enumerate(slots)
-            for j in range(len(slot.boxes))
-        ],
-        which=which,
-        factors=factors,
-        batch=batch,
-    )
 
 
 def updated(slot: Slot) -> bool:

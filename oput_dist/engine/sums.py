@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,14 +109,27 @@ class Boundary:
         family, place = self._members[slot.index]
         return [starts[item] + place for item in family.items]
 
-    def term(self, table: torch.Tensor, slot: Slot, number: int, axes: Axes) -> torch.Tensor:
-        """The part of a table that holds one sum of a slot, with the parameter's axes."""
-        if slot.index in self._rows:
+    def place(self, slot: Slot) -> int:
+        """The place of a slot among the members of its family."""
+        return self._members[slot.index][1]
+
+    def add(
+        self, table: torch.Tensor, slots: Sequence[Slot], term: int, axes: Axes, own: Sequence[Any], sums: torch.Tensor
+    ) -> None:
+        """Add one sum of boxes that lie alike in slots of one shape and spread, at the indices ``own``."""
+        if slots[0].index in self._rows:
             assert axes == WHOLE
-            start = self._schedule.starts[self._rows[slot.index]] + number
-            return table[start].view(broadcast_shape(slot.layout.shape, WHOLE))
-        family, place = self._members[slot.index]
-        return self.totals(table, family, number, axes)[place]
+            for slot, value in zip(slots, sums.view(-1).unbind(0), strict=True):
+                table[self._schedule.starts[self._rows[slot.index]] + term] += value
+            return
+        totals = self.totals(table, self._members[slots[0].index][0], term, axes)
+        index = tuple(ix if axis in axes else slice(None) for axis, ix in enumerate(own))
+        rows = [self.place(slot) for slot in slots]
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            totals[rows[0] : rows[0] + len(rows)][(slice(None),) + index] += sums  # noqa: RUF005 - Python 3.10
+        else:
+            for row, one in zip(rows, sums.unbind(0), strict=True):
+                totals[row][index] += one
 
     def totals(self, table: torch.Tensor, family: Family, number: int, axes: Axes) -> torch.Tensor:
         """``[slots, *axes]``: one sum of all members of a family."""
