@@ -20,10 +20,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+import oput_dist as oput
 from launch.errors import RunError, UsageError
-from launch.parallel import World, together
+from launch.world import World, together
 
 STATE = "state"  # the folder of torch.distributed.checkpoint's own files
 RUN = "run.json"  # what wrote the checkpoint
@@ -67,6 +69,17 @@ def save(folder: Path, step: int, run: Mapping[str, Any], model: nn.Module, opti
             for old in folder.glob("step-*"):
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_savable(model: nn.Module, optimizer: oput.Optimizer) -> None:
+    """UsageError if PyTorch could not save the run: its FSDP1 takes only state in the shape of the parameters."""
+    if isinstance(model, FullyShardedDataParallel) and any(
+        optimizer.recipe(group, (2, 2)).vectors for group in optimizer.param_groups
+    ):
+        raise UsageError(
+            f"--checkpoint: {type(optimizer).__name__} keeps sums over rows and columns, which PyTorch's checkpoints "
+            f"of FSDP1 cannot hold; use --parallel fsdp2 or hsdp, or leave --checkpoint out"
+        )
 
 
 @contextmanager
@@ -151,12 +164,12 @@ def _kind(dtype: torch.dtype, shape: torch.Size) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _tensors(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _tensors(tree: Mapping[str, Any] | list[Any], prefix: str = "") -> dict[str, str]:
     """The tensors of a nested state, named as torch.distributed.checkpoint names them."""
     found = {}
-    for key, value in tree.items():
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         if isinstance(value, torch.Tensor):
             found[f"{prefix}{key}"] = _kind(value.dtype, value.shape)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping | list):
             found |= _tensors(value, f"{prefix}{key}.")
     return found

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.errors import UsageError
-from launch.parallel import PARALLEL, World
+from launch.parallel import PARALLEL, Grid
 from launch.schedule import SCHEDULES
+from launch.world import World
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Options:
     schedule: str
     warmup: int
     parallel: str
+    shard_size: int | None
+    tensor_size: int | None
     device: str | None
     dtype: str | None
     threads: int | None
@@ -41,6 +44,11 @@ class Options:
     checkpoint_every: int
     resume: bool
     out: Path
+
+    def grid(self, world: World) -> Grid:
+        """UsageError if the sizes do not fit the parallelism or `world`."""
+        given = {"shard": self.shard_size, "tensor": self.tensor_size}
+        return Grid.of(self.parallel, PARALLEL[self.parallel][0], world, given)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +72,13 @@ def _number(text: str) -> float:
         value = -1.0
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
@@ -99,9 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=_number, help="peak learning rate (default: the optimizer's)")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate after warm-up")
     group.add_argument("--warmup", type=_whole(0), default=0, metavar="STEPS", help="steps of linear warm-up")
-    group.add_argument("--clip", type=_number, metavar="NORM", help="largest norm of the gradient (default: any)")
+    group.add_argument("--clip", type=_positive, metavar="NORM", help="largest norm of the gradient (default: any)")
     group = parser.add_argument_group("ranks")
     group.add_argument("--parallel", choices=PARALLEL, help="(default: fsdp2 on several ranks, single on one)")
+    group.add_argument("--shard-size", type=_whole(1), metavar="N", help="ranks that hold one replica, for hsdp and "
+                       "fsdp1-hybrid (default: those of a machine, or half of them on one machine)")  # fmt: skip
+    group.add_argument("--tensor-size", type=_whole(1), metavar="N", help="ranks that share the heads, for fsdp2-tp "
+                       "(default: 2)")  # fmt: skip
     group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="of the computation (default: bf16 on GPUs, or fp32)")
     group.add_argument("--threads", type=_whole(1), help="per rank on a CPU (default: the cores, shared out)")
@@ -137,16 +156,23 @@ def parse(arguments: Sequence[str] | None, world: World) -> Options:
     options.parallel = options.parallel or ("fsdp2" if world.size > 1 else "single")
     if options.parallel == "single" and world.size > 1:
         raise UsageError(f"--parallel single is for one rank, not {world.size}; use ddp, zero1 or fsdp2")
-    pieces = world.size * options.accumulate
+    grid = options.grid(world)
+    pieces = grid.readers * options.accumulate
     if options.batch_size % pieces:
         below = options.batch_size // pieces * pieces
+        readers = "rank(s)" if grid.tensor == 1 else f"group(s) of {grid.tensor} rank(s)"
         fits = f"{below} or {below + pieces}" if below else f"{pieces}"
         raise UsageError(
-            f"--batch-size {options.batch_size} cannot be divided over {world.size} rank(s) times "
+            f"--batch-size {options.batch_size} cannot be divided over {grid.readers} {readers} times "
             f"{options.accumulate} micro-batch(es); use {fits}"
         )
     if options.width % options.heads:
         raise UsageError(f"--width {options.width} is not a multiple of --heads {options.heads}")
+    if options.heads % grid.tensor:
+        raise UsageError(
+            f"--heads {options.heads} cannot be divided over the {grid.tensor} ranks that --parallel "
+            f"{options.parallel} gives each sequence; use a multiple of {grid.tensor}"
+        )
     if options.warmup >= options.steps:
         raise UsageError(f"--warmup {options.warmup} must be less than --steps {options.steps}")
     if options.checkpoint is None and (options.resume or options.checkpoint_every):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 if not __package__:  # started as a script: find the neighbouring modules as the package `launch`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,15 +21,26 @@ from launch import checkpoint, data, parallel
 from launch.errors import UsageError
 from launch.model import GPT
 from launch.options import Options, parse
-from launch.parallel import World, together
 from launch.report import Clock, Report, Row
 from launch.schedule import scale
+from launch.world import (
+    World,
+    choose_device,
+    connect,
+    leave,
+    mean_over_ranks,
+    same_everywhere,
+    set_up_device,
+    together,
+)
+
+INSTEAD = {"lr": "--lr", "params": "--layers", "shard_group": "--parallel zero1", "max_grad_norm": "--clip"}
 
 
-def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer:
     """The optimizer that the command line asks for; UsageError with the library's own sentence for what it refuses."""
     arguments = dict(options.opt)
-    for key, flag in (("lr", "--lr"), ("params", "--layers"), ("shard_group", "--parallel zero1")):
+    for key, flag in INSTEAD.items():
         if key in arguments:
             raise UsageError(f"--opt {key} is not for you to set; use {flag}")
     dtype = arguments.get("state_dtype")
@@ -36,6 +48,8 @@ def build_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer
         arguments["state_dtype"] = getattr(torch, dtype.removeprefix("torch."), dtype)
     if options.lr is not None:
         arguments["lr"] = options.lr
+    if options.clip is not None:
+        arguments["max_grad_norm"] = options.clip
     if options.parallel == "zero1":
         arguments["shard_group"] = dist.group.WORLD
     try:
@@ -51,15 +65,18 @@ class Trainer:
         self.options, self.world, self.corpus, self.device = options, world, corpus, device
         self.bf16 = (options.dtype or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
         torch.manual_seed(options.seed)
-        self.model = GPT(options.width, options.layers, options.heads, options.context).to(device)
-        self.module = parallel.spread(self.model, options.parallel, device, self.bf16)
+        self.grid = options.grid(world)
+        model = GPT(options.width, options.layers, options.heads, options.context).to(device)
+        self.size = sum(p.numel() for p in model.parameters())  # of the whole: FSDP1 leaves each rank a part
+        self.module = parallel.spread(model, options.parallel, self.grid, device, self.bf16)
+        self.model = parallel.unwrapped(self.module)
         self.optimizer = build_optimizer(options, self.model)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.clock = Clock(device)
 
     def loss(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         """Nats per byte, for each sequence."""
-        autocast = self.bf16 and self.options.parallel != "fsdp2"  # FSDP2 casts by itself
+        autocast = self.bf16 and not parallel.casts(module)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             logits = module(inputs)
         # In two dimensions, since in three the CUDA kernel is not deterministic.
@@ -72,23 +89,25 @@ class Trainer:
         lr = self.peak_lr * scale(options.schedule, step, options.steps, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        before = self.clock.now()
-        loss = self.forward_backward(step)
-        middle = self.clock.now()
-        if options.clip is not None:
-            oput.clip_grad_norm_(self.model.parameters(), options.clip)
-        self.optimizer.step()
+        marks = [self.clock.now()]
+
+        def gradients() -> Tensor:  # as a closure, since some optimizers need the loss
+            loss = self.forward_backward(step)
+            marks.append(self.clock.now())
+            return loss
+
+        loss = self.optimizer.step(gradients)
         self.optimizer.zero_grad()
-        after = self.clock.now()
-        return Row(step + 1, parallel.mean_over_ranks(loss, self.world), lr, (before, middle, after), None)
+        before, middle, after = *marks, self.clock.now()
+        return Row(step + 1, mean_over_ranks(loss, self.world), lr, (before, middle, after), None)
 
     def forward_backward(self, step: int) -> Tensor:
         """Accumulate the gradients of one global batch; the mean loss of this rank's share."""
-        options, world = self.options, self.world
-        text = self.corpus.train
+        options, grid, text = self.options, self.grid, self.corpus.train
         starts = data.sequence_starts(len(text), options.context, options.batch_size, options.seed, step)
+        shares = data.share(starts, grid.reader(self.world.rank), grid.readers, options.accumulate)
         total = torch.zeros((), device=self.device)
-        for part, some in enumerate(data.share(starts, world.rank, world.size, options.accumulate)):
+        for part, some in enumerate(shares):
             inputs, targets = data.sequences(text, some, options.context, self.device)
             with parallel.gradient_exchange(self.module, last=part == options.accumulate - 1):
                 loss = self.loss(self.module, inputs, targets).mean() / options.accumulate
@@ -99,17 +118,17 @@ class Trainer:
     @torch.no_grad()
     def held_out_loss(self) -> Tensor:
         """Over sequences spread evenly over the held-out text. All ranks make the same number of forward passes."""
-        options, world, text = self.options, self.world, self.corpus.held_out
+        options, grid, text = self.options, self.grid, self.corpus.held_out
         count = options.eval_sequences
         starts = torch.linspace(0, len(text) - options.context - 1, count).long()
-        micro_batch = options.batch_size // (world.size * options.accumulate)
+        micro_batch = options.batch_size // (grid.readers * options.accumulate)
         total = torch.zeros((), device=self.device)
-        for begin in range(0, count, micro_batch * world.size):
-            wanted = torch.arange(micro_batch) + begin + world.rank * micro_batch
+        for begin in range(0, count, micro_batch * grid.readers):
+            wanted = torch.arange(micro_batch) + begin + grid.reader(self.world.rank) * micro_batch
             inputs, targets = data.sequences(text, starts[wanted % count], options.context, self.device)
             losses = self.loss(self.model, inputs, targets)
             total += (losses * (wanted < count).to(self.device, non_blocking=True)).sum()
-        return parallel.mean_over_ranks(total, world) * (world.size / count)
+        return mean_over_ranks(total, self.world) * (grid.readers / count)
 
     def settle(self) -> None:
         """Let DDP choose its buckets, as it does in the first backward pass, before the first real step.
@@ -117,7 +136,7 @@ class Trainer:
         The order in which gradients are summed depends on the buckets, so that otherwise the first step after a resume
         would round differently from the same step of an uninterrupted run.
         """
-        if self.options.parallel in ("ddp", "zero1"):
+        if isinstance(self.module, DistributedDataParallel):
             self.module(torch.zeros(1, self.options.context, dtype=torch.long, device=self.device)).sum().backward()
             self.optimizer.zero_grad()
 
@@ -129,11 +148,11 @@ class Trainer:
         return run
 
     def headline(self) -> str:
-        options, size = self.options, sum(p.numel() for p in self.model.parameters())
+        options = self.options
         place = f"{torch.get_num_threads()} thread(s) each" if self.device.type == "cpu" else "NCCL"
         return (
-            f"{type(self.optimizer).__name__}, {options.parallel}, {self.world.size} rank(s) on {self.device.type} "
-            f"({place}, {'bf16' if self.bf16 else 'fp32'}); GPT of {size / 1e6:.2f} M parameters; "
+            f"{type(self.optimizer).__name__}, {options.parallel}, {self.grid} on {self.device.type} "
+            f"({place}, {'bf16' if self.bf16 else 'fp32'}); GPT of {self.size / 1e6:.2f} M parameters; "
             f"{len(self.corpus.train) / 1e6:.1f} MB of text from {self.corpus.source}"
         )
 
@@ -141,11 +160,11 @@ class Trainer:
 def start(options: Options, world: World) -> tuple[Trainer, int]:
     """Everything before the first step: the trainer, and the step that it starts from. Bad input ends the run here."""
     with together(world):
-        device = parallel.choose_device(options.device, world)
-        parallel.set_up_device(device, options.threads, world)
+        device = choose_device(options.device, world)
+        set_up_device(device, options.threads, world)
         corpus = data.read_corpus(options.data, options.context)
     with together(world):
-        parallel.same_everywhere(world, "text or version of Python", corpus.digest)
+        same_everywhere(world, "text or version of Python", corpus.digest)
     with together(world):
         trainer = Trainer(options, world, corpus, device)
     if options.checkpoint is None:
@@ -153,6 +172,7 @@ def start(options: Options, world: World) -> tuple[Trainer, int]:
     with together(world):
         if world.rank == 0:
             make_folder("--checkpoint", options.checkpoint)
+        checkpoint.check_savable(trainer.model, trainer.optimizer)
         found = checkpoint.newest(options.checkpoint)
         if found and not options.resume:
             raise UsageError(f"{found.path} exists; continue it with --resume or give another --checkpoint folder")
@@ -239,7 +259,7 @@ def run(arguments: Sequence[str] | None, world: World) -> int:
         with together(world):
             options = parse(arguments, world)
         if options.parallel != "single" and not dist.is_initialized():
-            parallel.connect(world)
+            connect(world)
         train(*start(options, world))
     except SystemExit as e:  # raised on all ranks together
         return int(e.code or 0)
@@ -250,9 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; 0, or 2 after one sentence about bad input, or 1 if it could not be finished."""
     world = World.from_environment()
     if world.size > 1:
-        parallel.connect(world)
+        connect(world)
     status = run(arguments, world)
-    parallel.leave()
+    leave()
     return status
 
 

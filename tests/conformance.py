@@ -7,12 +7,15 @@ the reference and judges (``faults``), so that nothing distributed can touch the
 Training has LAST + 1 steps. At NONE_ON_ALL some gradients are None on every rank. At the last step some are None on one
 rank only, and the rule is: that rank's piece of the parameter, its state and its counter stay as they were, and it adds
 nothing to the norms. The reference for that step is a plain run on tensors made of just the elements that take part.
+Where that cannot be said (FSDP1's flat parameters have one gradient for all; sums over rows and columns need whole
+tensors) every gradient is there on every rank.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.layouts import LAYOUTS, Layout, Plain
+from tests.layouts import Layout, Plain
 from tests.pool import Pool
+from tests.wrapped import LAYOUTS
 
 LAST, NONE_ON_ALL = 3, 1
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -56,12 +60,22 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     second: dict[str, Any] = field(default_factory=dict)  # what the second parameter group overrides
     exact: bool = True
+    partly: bool = True  # whether a run on the elements that take part is a reference for missing gradients
+    vectors: tuple[str, ...] = ()  # state that is not parameter-shaped: whole on every rank
+    loss: bool = False  # whether ``step`` takes the loss
+
+    def advance(self, optimizer: Any, step: int, difference: float = 0.0) -> None:
+        """A step. Ranks may differ in their loss, whose mean is the same as in one process."""
+        optimizer.step(**({"loss": 2.5 - step + difference} if self.loss else {}))
 
     def build(self, params: dict[str, Tensor], **extra: Any) -> torch.optim.Optimizer:
         module, _, name = self.optimizer.rpartition(".")
         names = list(SHAPES)
-        groups: list[dict[str, Any]] = [{"params": [params[k] for k in names[0::2] if k in params]}]
-        groups.append({"params": [params[k] for k in names[1::2] if k in params], **self.second})
+        halves = [names[0::2], names[1::2]]  # FSDP1 has one tensor for several names
+        groups: list[dict[str, Any]] = [
+            {"params": list(dict.fromkeys(params[k] for k in half if k in params))} for half in halves
+        ]
+        groups[1].update(self.second)
         if module.startswith("torch."):  # torch's own optimizers prove the harness; they have no backends
             extra = {"foreach": False}
         options = {**self.options, **extra}
@@ -77,9 +91,9 @@ def start_values(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: on_grid(i, shape, dtype) for i, (name, shape) in enumerate(SHAPES.items())}
 
 
-def gradients(step: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
+def gradients(step: int, dtype: torch.dtype, skips: bool = True) -> dict[str, Tensor | None]:
     made = {name: on_grid(100 * (step + 1) + i, shape, dtype) for i, (name, shape) in enumerate(SHAPES.items())}
-    return {name: None if step == NONE_ON_ALL and name in SKIPPED else grad for name, grad in made.items()}
+    return {name: None if skips and step == NONE_ON_ALL and name in SKIPPED else grad for name, grad in made.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- on every rank
@@ -105,11 +119,15 @@ def local(value: Tensor) -> np.ndarray:
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
 
 
-def snapshot(params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
     taken = {}
     for name, p in params.items():
-        state = {k: local(v) for k, v in sorted(optimizer.state[p].items()) if isinstance(v, Tensor)}
-        taken[name] = {"param": local(p), **state}
+        taken[name] = {"param": local(layout.local(name, p))}
+        for key, value in sorted(optimizer.state[p].items()):
+            kind, _, original = key.partition(".")  # of a tensor that stands for several
+            if isinstance(value, Tensor) and original.rpartition(".")[2] in ("", name):
+                whole = kind in ("step", *case.vectors)
+                taken[name][kind] = local(value if whole else layout.local(name, value))
     return taken
 
 
@@ -121,35 +139,36 @@ def on_rank(layout: str, rows: list[Row]) -> list[Report]:
     pieces = held(LAYOUTS[layout]())
     everyone: list[Pieces] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, pieces)
-    absent = set(DROPPED) if len(everyone) > ABSENT else set()
-    absent = {name for name in absent if np.array_equal(pieces[name], everyone[ABSENT][name])}
-    return [train(LAYOUTS[layout](), *row, pieces, absent) for row in rows]
+    dropped = set(DROPPED) if len(everyone) > ABSENT and LAYOUTS[layout].skips else set()
+    absent = {name for name in dropped if np.array_equal(pieces[name], everyone[ABSENT][name])}
+    return [train(LAYOUTS[layout](), *row, pieces, absent if row[0].partly else set()) for row in rows]
 
 
 def held(layout: Layout) -> Pieces:
     params = layout.start(start_values(torch.float32))
-    indices = {name: torch.arange(p.numel()).reshape(p.shape) for name, p in params.items()}
-    return {name: layout.piece(params[name], indices[name]).numpy() for name in params}
+    indices = {name: torch.arange(math.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
+    return {name: layout.piece(name, p, indices[name]).numpy() for name, p in params.items()}
 
 
 def train(layout: Layout, case: Case, dtype: torch.dtype, backend: str, pieces: Pieces, absent: set[str]) -> Report:
     params = layout.start(start_values(dtype))
     optimizer = case.build(params, backend=backend, **layout.options)
+    differs = {0: 1.0, 1: -1.0}.get(dist.get_rank(), 0.0) if dist.get_world_size() > 1 else 0.0
     for step in range(LAST):
-        layout.give(params, gradients(step, dtype))
-        optimizer.step()
-    before = snapshot(params, optimizer)
+        layout.give(params, gradients(step, dtype, layout.skips))
+        case.advance(optimizer, step, differs)
+    before = snapshot(case, layout, params, optimizer)
     layout.give(params, gradients(LAST, dtype))
     for name in absent:
         params[name].grad = None
-    optimizer.step()
+    case.advance(optimizer, LAST, differs)
     misplaced = [
         f"state {k} of {name} is not laid out as its parameter"
         for name, p in params.items()
         for k, v in optimizer.state[p].items()
-        if k != "step" and not layout.alike(p, v)
+        if k.split(".")[0] not in ("step", *case.vectors) and not layout.alike(p, v)
     ]
-    return Report(before, snapshot(params, optimizer), pieces, absent, misplaced)
+    return Report(before, snapshot(case, layout, params, optimizer), pieces, absent, misplaced)
 
 
 # ------------------------------------------------------------------------------------------------------- in the parent
@@ -160,21 +179,24 @@ def faults(pool: Pool, layout: str, n: int, rows: list[Row]) -> list[str]:
     everyone = pool.run(n, on_rank, layout, rows, timeout=300.0)
     found = []
     for (case, dtype, backend), *reports in zip(rows, *everyone, strict=True):
-        missing = {name: reports[ABSENT].pieces[name] for name in DROPPED} if n > ABSENT else {}
-        before = reference(Key(case), dtype)
-        after = last_step(case, before, missing, dtype)
+        skips = LAYOUTS[layout].skips
+        before = reference(Key(case), dtype, skips, LAST)
+        if case.partly and skips and n > ABSENT:
+            after = last_step(case, before, {name: reports[ABSENT].pieces[name] for name in DROPPED}, dtype)
+        else:
+            after = reference(Key(case), dtype, skips, LAST + 1)
         limit = 0.0 if case.exact and backend != "compile" else RELATIVE_ERROR[dtype]
         for rank, report in enumerate(reports):
-            lines = report.misplaced + compare(before, report.before, report, layout, limit)
+            lines = report.misplaced + compare(case, before, report.before, report, layout, limit)
             stale = {name: {"step": before[name]["step"]} for name in report.absent if "step" in before[name]}
             wanted = {name: tensors | stale.get(name, {}) for name, tensors in after.items()}
-            lines += [f"after the last step, {x}" for x in compare(wanted, report.after, report, layout, limit)]
+            lines += [f"after the last step, {x}" for x in compare(case, wanted, report.after, report, layout, limit)]
             header = f"{case.name} {dtype} {backend} under {layout} on {n} ranks, rank {rank}"
             found += [f"{header}: {line}" for line in lines]
     return found
 
 
-def compare(wanted: Snapshot, got: Snapshot, report: Report, layout: str, limit: float) -> list[str]:
+def compare(case: Case, wanted: Snapshot, got: Snapshot, report: Report, layout: str, limit: float) -> list[str]:
     """What differs between the reference and one rank's pieces of it.
 
     The error of a parameter is max|got - wanted| / max|wanted - start|, relative to how far training moved it; that of
@@ -183,11 +205,14 @@ def compare(wanted: Snapshot, got: Snapshot, report: Report, layout: str, limit:
     start = start_values(torch.float64)
     found = []
     for name, tensors in wanted.items():
-        if tensors.keys() != got[name].keys():
+        if not LAYOUTS[layout].empty_pieces and not report.pieces[name].size:
+            continue
+        shared = not LAYOUTS[layout].skips  # then there may be state that only other names use
+        if tensors.keys() != (tensors.keys() & got[name].keys() if shared else got[name].keys()):
             found.append(f"{name} has {sorted(got[name])} instead of {sorted(tensors)}")
             continue
         for k, whole in tensors.items():
-            entire = k == "step" or (k == "param" and LAYOUTS[layout].whole_parameters)
+            entire = k in ("step", *case.vectors) or (k == "param" and LAYOUTS[layout].whole_parameters)
             expected = whole if entire else whole.reshape(-1)[report.pieces[name]]
             if expected.shape != got[name][k].shape:
                 found.append(f"{name}.{k} has shape {got[name][k].shape} instead of {expected.shape}")
@@ -203,7 +228,7 @@ class Key:
     """A case as a key of the cache of references: layouts and backends share one."""
 
     def __init__(self, case: Case) -> None:
-        self.case, self.text = case, repr((case.optimizer, case.options, case.second))
+        self.case, self.text = case, repr((case.optimizer, case.options, case.second, case.loss))
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -213,15 +238,15 @@ class Key:
 
 
 @functools.cache
-def reference(key: Key, dtype: torch.dtype) -> Snapshot:
-    """One plain process, backend eager, up to the last step."""
+def reference(key: Key, dtype: torch.dtype, skips: bool, steps: int) -> Snapshot:
+    """One plain process, backend eager, after some steps."""
     layout = Plain()
     params = layout.start(start_values(dtype))
     plain = key.case.build(params, backend="eager")
-    for step in range(LAST):
-        layout.give(params, gradients(step, dtype))
-        plain.step()
-    return snapshot(params, plain)
+    for step in range(steps):
+        layout.give(params, gradients(step, dtype, skips))
+        key.case.advance(plain, step)
+    return snapshot(key.case, layout, params, plain)
 
 
 def last_step(case: Case, before: Snapshot, missing: Pieces, dtype: torch.dtype) -> Snapshot:
@@ -240,8 +265,8 @@ def last_step(case: Case, before: Snapshot, missing: Pieces, dtype: torch.dtype)
         p.grad = part(name, local(grads[name]))
         state = {k: part(name, v) for k, v in before[name].items() if k not in ("param", "step")}
         optimizer.state[p] = state | {k: torch.tensor(v) for k, v in before[name].items() if k == "step"}
-    optimizer.step()
-    for name, tensors in snapshot(params, optimizer).items():
+    case.advance(optimizer, LAST)
+    for name, tensors in snapshot(case, Plain(), params, optimizer).items():
         for k in tensors.keys() - {"step"}:
             after[name][k].reshape(-1)[present[name]] = tensors[k].reshape(-1)
     for tensors in after.values():

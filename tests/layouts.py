@@ -1,6 +1,6 @@
 """How parameters are spread over ranks: the layouts that the conformance harness crosses with the optimizers.
 
-A new layout is one subclass of ``Layout``, entered in ``LAYOUTS``.
+A new layout is one subclass of ``Layout``, entered in ``LAYOUTS``; ``tests/wrapped.py`` has those of whole modules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 
@@ -24,6 +23,8 @@ class Layout:
     worlds: tuple[int, ...] = ()
     options: Mapping[str, Any] = MappingProxyType({})  # what the optimizer needs to know
     whole_parameters = False  # every rank holds whole parameters and only the state is cut
+    skips = True  # whether one parameter alone can be without a gradient
+    empty_pieces = True  # whether a piece without elements has a gradient, hence state, as other pieces have
 
     def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters that the optimizer gets."""
@@ -33,9 +34,13 @@ class Layout:
         """Sets ``grad`` of every parameter to this rank's part of the global gradient."""
         raise NotImplementedError
 
-    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+    def piece(self, name: str, p: Tensor, values: Tensor) -> Tensor:
         """This rank's part of ``values``, cut as the state of the parameter ``p``."""
         raise NotImplementedError
+
+    def local(self, name: str, held: Tensor) -> Tensor:
+        """The part of a tensor that the optimizer keeps (parameter or state) which belongs to one name."""
+        return held
 
     def alike(self, p: Tensor, state: Tensor) -> bool:
         """Whether a state tensor is laid out as it should be for ``p``."""
@@ -59,7 +64,7 @@ class Plain(Layout):
         for name, grad in grads.items():
             params[name].grad = None if grad is None else grad.clone()
 
-    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+    def piece(self, name: str, p: Tensor, values: Tensor) -> Tensor:
         return values
 
     def alike(self, p: Tensor, state: Tensor) -> bool:
@@ -75,7 +80,7 @@ class Zero1(Plain):
         self.group = dist.group.WORLD
         self.options = {"shard_group": self.group}
 
-    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+    def piece(self, name: str, p: Tensor, values: Tensor) -> Tensor:
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         rows = values.chunk(ranks) if values.ndim else (values,) * ranks
         return rows[rank] if rank < len(rows) else values[:0]
@@ -128,7 +133,7 @@ class Distributed(Layout):
         for name, grad in grads.items():
             params[name].grad = None if grad is None else self.cut(grad.clone())
 
-    def piece(self, p: Tensor, values: Tensor) -> Tensor:
+    def piece(self, name: str, p: Tensor, values: Tensor) -> Tensor:
         return self.cut(values).to_local()
 
 
@@ -197,54 +202,7 @@ class Weights(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(value.clone()))
 
     def forward(self, factors: dict[str, Tensor]) -> Tensor:
-        return torch.stack([(self.get_parameter(name) * factor).sum() for name, factor in factors.items()]).sum()
+        return torch.stack([(getattr(self, name) * factor).sum() for name, factor in factors.items()]).sum()
 
 
-class Fsdp2(Layout):
-    """A real module under ``fully_shard``: gradients come from backward and are reduced over ranks that disagree.
-
-    FSDP2 refuses 0-d parameters, so the scalar stays outside of it as one of the ``ignored_params``.
-    """
-
-    name, worlds = "fsdp2", (2, 3, 4)
-
-    def __init__(self) -> None:
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-
-    def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.module = Weights(values)
-        scalars = {p for p in self.module.parameters() if not p.ndim}
-        fully_shard(self.module, mesh=self.mesh, ignored_params=scalars)
-        return dict(self.module.named_parameters())
-
-    def give(self, params: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:
-        sign = {0: 1.0, 1: -1.0}.get(
-            dist.get_rank(), 0.0
-        )  # ranks 0 and 1 disagree; the mean over ranks is the gradient
-        present = {name: grad for name, grad in grads.items() if grad is not None}
-        self.module.zero_grad()
-        self.module({name: grad + sign * bool(grad.ndim) for name, grad in present.items()}).backward()
-
-    def piece(self, p: Tensor, values: Tensor) -> Tensor:
-        if not isinstance(p, DTensor):
-            return values
-        return distribute_tensor(values, self.mesh, p.placements, src_data_rank=None).to_local()
-
-    def alike(self, p: Tensor, state: Tensor) -> bool:
-        return super().alike(p, state) if isinstance(p, DTensor) else state.shape == p.shape
-
-
-class Hsdp2(Fsdp2):
-    """FSDP2 with two replicas of two shards."""
-
-    name, worlds = "fsdp2-hsdp", (4,)
-
-    def __init__(self) -> None:
-        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-
-
-LAYOUTS: dict[str, type[Layout]] = {
-    layout.name: layout
-    for layout in (Plain, Rows, Columns, Hsdp, Grid, Mixture, Zero1, Zero1Pairs, Zero1Strided, Fsdp2, Hsdp2)
-}
-WORLDS = [(name, n) for name, layout in LAYOUTS.items() for n in layout.worlds]
+BARE = (Plain, Rows, Columns, Hsdp, Grid, Mixture, Zero1, Zero1Pairs, Zero1Strided)

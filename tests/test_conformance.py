@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 import oput_dist as oput
 from tests.conformance import Case, Row, faults
-from tests.layouts import WORLDS
 from tests.pool import Pool
+from tests.wrapped import WORLDS, WRAPPED_WORLDS
 
 SECOND = {"lr": 0.05, "weight_decay": 0.2}
 FAST = {"lr": 0.4, "weight_decay": 0.2}  # where errors are relative to the update, it must not drown in the parameter
@@ -33,10 +33,16 @@ CASES = [
     Case("lamb adapt", "oput_dist.Lamb", {"lr": 0.5, "always_adapt": True, "clamp": 2.0}, FAST, exact=False),
     Case("lamb clipped", "oput_dist.Lamb", {"lr": 0.1, "max_grad_norm": 1.0}, FAST, exact=False),
     Case("adamw clipped", "oput_dist.AdamW", {"lr": 0.1, "max_grad_norm": 1.0}, FAST, exact=False),
+    Case(
+        "adafactor", "oput_dist.Adafactor", {"lr": 0.3}, FAST, exact=False, partly=False, vectors=("row_var", "col_var")
+    ),
+    Case("adamp", "oput_dist.AdamP", {"lr": 0.1, "delta": 10.0}, FAST, exact=False, partly=False),
+    Case("momo", "oput_dist.Momo", {"lr": 1.0}, FAST, exact=False, partly=False, loss=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 INEXACT = [case for case in CASES if not case.exact]
 FEW = [BY_NAME[name] for name in ("adamw", "lion", "stableadamw", "lamb", "lamb clipped")]
+ONE_EACH = [*{case.optimizer: case for case in reversed(CASES)}.values(), BY_NAME["lamb clipped"]]
 TORCH = [
     Case("torch adamw", "torch.optim.AdamW", {"lr": 0.1}, SECOND),
     Case("torch sgd", "torch.optim.SGD", {"lr": 0.1, "momentum": 0.9}, SECOND),
@@ -45,8 +51,6 @@ TORCH = [
 
 def rows_for(layout: str, n: int) -> list[Row]:
     """All cases in fp32, and in fp64 those with norms; both plain-PyTorch backends where they meet uneven pieces."""
-    if layout.startswith("fsdp2"):  # to the optimizer the same as "rows" and "hsdp": a few cases for the real thing
-        return list(itertools.product(FEW, [torch.float32], ["foreach"]))
     backends = ["eager", "foreach"] if (layout, n) in (("rows", 3), ("zero1", 2)) else ["foreach"]
     return [
         *itertools.product(CASES, [torch.float32], backends),
@@ -57,6 +61,12 @@ def rows_for(layout: str, n: int) -> list[Row]:
 @pytest.mark.parametrize(("layout", "n"), WORLDS)
 def test_sharding_changes_nothing(pool: Pool, layout: str, n: int) -> None:
     found = faults(pool, layout, n, rows_for(layout, n))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("layout", "n"), WRAPPED_WORLDS)
+def test_wrapping_changes_nothing(pool: Pool, layout: str, n: int) -> None:
+    found = faults(pool, layout, n, list(itertools.product(ONE_EACH, [torch.float32], ["foreach"])))
     assert not found, "\n".join(found)
 
 

@@ -19,10 +19,10 @@ from launch import data
 from launch.errors import UsageError
 from launch.model import GPT
 from launch.options import parse
-from launch.parallel import World
 from launch.report import keep_rows
 from launch.schedule import scale
 from launch.train import main
+from launch.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"

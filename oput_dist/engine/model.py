@@ -81,5 +81,6 @@ def check_not_replaced(owners: Sequence[Slot], model: Model | None) -> None:
         if p.grad is None and p.requires_grad and (replaced_by_fsdp2(p) or (model is not None and model.lost(p))):
             raise LayoutError(
                 f"{slot.name} was replaced in its module after this optimizer was made, as fully_shard, "
-                "parallelize_module and FullyShardedDataParallel do: make the optimizer after wrapping the module"
+                "parallelize_module, FullyShardedDataParallel and load_state_dict(assign=True) do: make the optimizer "
+                "after wrapping the module"
             )

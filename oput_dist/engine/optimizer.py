@@ -215,7 +215,6 @@ class Optimizer(torch.optim.Optimizer):
             self.validate(group)
         plan, first = self._current_plan(), not self._begun
         check_not_replaced(plan.owners, self._model)
-        plan.settle_gradients()
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # as GradScaler sets them
         if overflow is not None and bool(overflow):
             self.skipped += 1

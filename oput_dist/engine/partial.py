@@ -35,6 +35,10 @@ class PartialSums:
                 key = (ranks, parameters[i].dtype, whole_or_local(parameters[i]).device)
                 self._families.setdefault(key, []).append(i)
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to add up, ever."""
+        return bool(self._families)
+
     def settled(self) -> dict[int, torch.Tensor]:
         """The gradients that were partial sums, by number of the parameter, placed like it. Every rank must call it."""
         found: dict[int, torch.Tensor] = {}

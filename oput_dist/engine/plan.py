@@ -85,6 +85,8 @@ class Plan:
 
     def settle_gradients(self) -> None:
         """Add up gradients that are partial sums, for :meth:`Slot.flat_gradient`. Every rank must call it."""
+        if not self.partial:
+            return
         settled = self.partial.settled()
         for slot in self.owners:
             slot.settled = settled.get(slot.counter)

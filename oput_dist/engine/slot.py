@@ -120,11 +120,6 @@ class Slot:
             )
         if (fault := self.layout.fault_of(gradient)) is not None:
             raise ValueError(f"{self.name} has a gradient {fault}")
-        if tuple(gradient.shape) != tuple(self.parameter.shape):
-            raise ValueError(
-                f"{self.name} has a gradient of shape {tuple(gradient.shape)}, "
-                f"but the parameter is {tuple(self.parameter.shape)}"
-            )
         piece = self.layout.piece(gradient)
         if piece.shape != self.piece.shape:
             raise ValueError(

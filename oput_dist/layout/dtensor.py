@@ -81,8 +81,10 @@ class Distributed(Layout):
         return local_tensor(gradient.redistribute(self._mesh, wanted))
 
     def fault_of(self, gradient: torch.Tensor) -> str | None:
-        if isinstance(gradient, DTensor) and not self._far_from(gradient):
-            return None
+        if isinstance(gradient, DTensor):
+            alike = gradient.device_mesh is self._mesh and gradient.placements == self._placements
+            if alike or not self._far_from(gradient):
+                return None
         where = (
             f"placed as {gradient.placements} on {gradient.device_mesh}" if isinstance(gradient, DTensor) else "here"
         )

@@ -1,23 +1,17 @@
-"""The ranks of a run: who this process is, how the model is spread, and how all ranks stop together."""
+"""The ranks of a run: who this process is, how it joins the others, and how all ranks stop together."""
 
 import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from launch.errors import RunError, UsageError
-from launch.model import GPT
-
-PARALLEL = ("single", "ddp", "zero1", "fsdp2")
 
 
 @dataclass(frozen=True)
@@ -115,28 +109,6 @@ def same_everywhere(world: World, what: str, value: str) -> None:
     odd = next((r for r, v in enumerate(values) if v != values[0]), None)
     if odd is not None:
         raise UsageError(f"rank {odd} has another {what} than rank 0; give all ranks the same")
-
-
-def spread(model: GPT, parallel: str, device: torch.device, bf16: bool) -> nn.Module:
-    """The module to call in training. Parameters become DTensors in place for fsdp2, and stay as they are otherwise."""
-    if parallel in ("ddp", "zero1"):
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if parallel == "fsdp2":
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
-
-
-def gradient_exchange(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around one micro-batch: gradients travel with the last one of a step only."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-    elif isinstance(module, DistributedDataParallel) and not last:
-        return module.no_sync()
-    return nullcontext()
 
 
 def mean_over_ranks(value: Tensor, world: World) -> Tensor:
