@@ -1,6 +1,6 @@
 """Host time of a step over many small FSDP2 parameters, where a step is bound by what Python does for each of them.
 
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.sharded
+torchrun --standalone --nproc-per-node 2 -m benchmarks.sharded
 """
 
 from __future__ import annotations

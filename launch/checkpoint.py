@@ -92,9 +92,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remark that a run without ranks saves on one process, which is what is meant."""
+    """Without torch's remark that a run without ranks saves on one process, which is what is meant, and without those
+    of FSDP1 about its own insides."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.fsdp")
         yield
 
 
@@ -130,7 +132,8 @@ def load(checkpoint: Checkpoint, run: Mapping[str, Any], model: nn.Module, optim
             dcp.load(state, checkpoint_id=checkpoint.path / STATE, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as e:
         raise UsageError(f"checkpoint {checkpoint.path} is damaged ({reason(e)}); remove it") from e
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    with _quiet():
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     old, new = checkpoint.run["opt"], json.loads(json.dumps(run["opt"]))
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     for group, fresh in zip(optimizer.param_groups, before, strict=True):
@@ -156,7 +159,8 @@ def reason(error: BaseException) -> str:
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """As DTensors where the run holds shards, so that any number of ranks can load what another has saved."""
-    parameters, state = get_state_dict(model, optimizer)
+    with _quiet():
+        parameters, state = get_state_dict(model, optimizer)
     return {"model": parameters, "optimizer": state}
 
 

@@ -8,6 +8,8 @@ Example::
 """
 
 from .engine import Optimizer, clip_grad_norm_, state_bytes
+from .engine.replicas import ReplicaError, check_replicas
+from .engine.whole import full_state_dict
 from .optimizers import SGD, Adafactor, Adam, AdamP, AdamW, Adan, Lamb, Lion, Momo, StableAdamW, available, create
 
 __version__ = "0.1.0"
@@ -23,9 +25,12 @@ __all__ = [
     "Lion",
     "Momo",
     "Optimizer",
+    "ReplicaError",
     "StableAdamW",
     "available",
+    "check_replicas",
     "clip_grad_norm_",
     "create",
+    "full_state_dict",
     "state_bytes",
 ]

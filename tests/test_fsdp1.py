@@ -27,11 +27,18 @@ def wrapped(use_orig_params: bool, module: nn.Module | None = None, **options: A
     return FullyShardedDataParallel(module or model(), **options)
 
 
-def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+def train(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int = 3,
+    before_step: Callable[[], None] | None = None,
+) -> None:
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     for _ in range(steps):
         optimizer.zero_grad()
         module(x).square().mean().backward()
+        if before_step is not None:
+            before_step()
         optimizer.step()
 
 
@@ -101,9 +108,13 @@ def disturbed(use_orig_params: bool, strategy: str) -> float:
             pass
 
     def move() -> None:
+        """Between backward and the step; FSDP1 writes it back to its flat parameter before the next forward."""
+        train(sharded, ours, 1, before_step=clone if use_orig_params else None)
+        train(plain, theirs, 1)
+
+    def clone() -> None:
         for p in sharded.parameters():
-            if use_orig_params:
-                p.data = p.data.clone()  # FSDP1 writes it back to its flat parameter before the next forward
+            p.data = p.data.clone()
 
     def reload() -> None:
         sharded.load_state_dict(sharded.state_dict())
@@ -130,7 +141,7 @@ def test_lamb_through_evaluation_summoning_moving_and_loading(pool: Pool, use_or
 
 def copies(use_orig_params: bool) -> tuple[float, str]:
     module = wrapped(use_orig_params)
-    optimizer = oput.Lamb(module, lr=0.1)
+    optimizer = oput.Lamb(module, lr=0.1, weight_decay=0.1)  # without decay Lamb takes no norms
     train(module, optimizer)
     twin = copy.deepcopy(optimizer)
     for group, other in zip(optimizer.param_groups, twin.param_groups, strict=True):

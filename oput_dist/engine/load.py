@@ -1,20 +1,44 @@
-"""Loading a state dict: checked whole before the first change, cut to this rank's pieces, dtypes kept."""
+"""Loading a state dict: checked whole, on all ranks, before the first change; cut to this rank's pieces."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from oput_dist.layout import LayoutError
+from oput_dist.layout import Fragment
+from oput_dist.layout.flattened import is_flattened
 
+from .agree import agreed, joint_groups
+from .match import matched
 from .plan import Plan
 from .recipe import Group, vector_shape
+from .saved import FORMAT, FORMAT_KEY, WHOLE_KEY
 from .slot import Slot
 
 __all__ = ["load_state_dict"]
+
+_REMEDY = "load a state dict of this model, laid out alike or whole (oput.full_state_dict)"
+_IDENTITY = ("params", "param_names", "optimizer", FORMAT_KEY)  # keys of a saved group that are not hyperparameters
+
+
+@dataclass
+class _Entry:
+    """The state of one slot, checked: what is to be adopted."""
+
+    slot: Slot
+    joint: bool
+    """Whether the tensors are a flat parameter's, which other slots share."""
+    tensors: dict[str, torch.Tensor]
+    vectors: dict[str, tuple[torch.Tensor, tuple[int, ...]]]
+    """Each with the shape it must get."""
+    step: float
 
 
 def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> None:
@@ -23,89 +47,218 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
     torch's own method casts every state tensor to its parameter's dtype, so fp32 moments of bf16 parameters would not
     survive; and it knows nothing of pieces.
     """
-    state_dict = state_dict.copy()
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        changed = hook(optimizer, state_dict)
-        state_dict = state_dict if changed is None else changed
-    owner = type(optimizer).__name__
-    saved = state_dict["param_groups"]
-    sizes, given = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in saved]
-    if sizes != given:
-        raise ValueError(
-            f"{owner}: the state dict is of another model: its parameter groups hold {given} parameters, "
-            f"but this optimizer's hold {sizes}"
-        )
-    for group in saved:
-        if group.get("optimizer", owner) != owner:
-            raise ValueError(f"{owner}: the state dict was saved by {group['optimizer']}: make the same optimizer")
-    groups = [_merged(old, new) for old, new in zip(optimizer.param_groups, saved, strict=True)]
-    keys = [key for group in saved for key in group["params"]]
-    slots: dict[Any, list[Slot]] = {key: [] for key in keys}
-    by_parameter = dict(zip((slot.counter for slot in plan.owners), keys, strict=True))
-    for slot in plan.slots:
-        slots[by_parameter[slot.counter]].append(slot)
+    owner, ranks = type(optimizer).__name__, joint_groups(plan.slots)
+    groups, entries = agreed(lambda: _checked(optimizer, state_dict, plan), ranks, owner)
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
-    for key, entries in state_dict["state"].items():
-        if key not in slots:
-            raise ValueError(f"{owner}: the state dict holds state for an unknown parameter {key!r}")
-        owner_slot = slots[key][0]
-        own = "optimizer" in saved[owner_slot.group]
-        state[owner_slot.parameter] = _adopted(optimizer, slots[key], entries, groups[owner_slot.group], own)
-    for group in groups:
-        optimizer.validate(group)
+    for entry in entries:
+        _adopt(entry, state[entry.slot.parameter])
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
 
 
-def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+def _checked(
+    optimizer: Any, state_dict: dict[str, Any], plan: Plan
+) -> tuple[tuple[list[dict[str, Any]], list[_Entry]], str]:
+    """The new parameter groups and what to adopt, all checked; and what must be redistributed, in words.
+
+    Makes no collective and changes nothing.
+    """
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    owner = type(optimizer).__name__
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"{owner}: the state dict has no {key!r}: give what state_dict() of an optimizer returned")
+    saved = state_dict["param_groups"]
+    for number, group in enumerate(saved):
+        _check_origin(owner, group, number)
+    slots = matched(optimizer, saved, plan.slots)
+    groups = [_merged(old, new) for old, new in zip(optimizer.param_groups, saved, strict=True)]
+    for key in state_dict["state"]:
+        if key not in slots:
+            raise ValueError(
+                f"{owner}: the state dict holds state for {key!r}, a parameter that is in none of its groups"
+            )
+    entries = []
+    for key, own_slots in slots.items():
+        found = state_dict["state"].get(key)
+        for slot in own_slots:
+            group = saved[slot.group]
+            if found:
+                entries.append(_entry(optimizer, slot, own_slots, found, groups[slot.group], "optimizer" in group))
+            elif found is None and state_dict["state"] and FORMAT_KEY in group:
+                _check_absence(owner, slot, key, WHOLE_KEY in state_dict)
+    _check_counters(owner, entries)
+    for group in groups:
+        optimizer.validate(group)
+    return (groups, entries), _redistributed(entries)
+
+
+def _check_origin(owner: str, group: Mapping[str, Any], number: int) -> None:
+    """Whether this optimizer can read what a group holds."""
+    version = group.get(FORMAT_KEY, FORMAT)
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"{owner}: group {number} of the state dict has format {version!r}, but this version of oput_dist reads "
+            f"formats up to {FORMAT}: upgrade oput_dist"
+        )
+    if group.get("optimizer", owner) != owner:
+        raise ValueError(f"{owner}: the state dict was saved by {group['optimizer']}: make the same optimizer")
+
+
+def _check_absence(owner: str, slot: Slot, key: Any, whole: bool) -> None:
+    """Own state dicts have an entry for every parameter, but for what FSDP1 cut itself: there is none for no state."""
+    if slot.parameter.requires_grad and (whole or not is_flattened(slot.parameter)):
+        raise ValueError(
+            f"{owner}: the state dict lacks the state of {slot.name}; if it is meant to start anew, give it an empty "
+            f"entry: state_dict['state'][{key!r}] = {{}}"
+        )
+
+
+def _merged(group: dict[str, Any], saved: Group) -> dict[str, Any]:
     """The saved hyperparameters with this optimizer's parameters; what the saved group lacks keeps its value."""
     # Names are this optimizer's: wrappers rename parameters, and torch takes no account of them either.
-    return {**group, **{key: deepcopy(value) for key, value in saved.items() if key not in ("params", "param_names")}}
+    return {**group, **{key: deepcopy(value) for key, value in saved.items() if key not in _IDENTITY}}
 
 
-def _adopted(optimizer: Any, slots: list[Slot], entries: dict[str, Any], group: Group, own: bool) -> dict[str, Any]:
-    """The state of one parameter as this rank keeps it; ``own`` if this class saved it, options as they then were."""
-    slot, owner = slots[0], type(optimizer).__name__
-    recipes = [optimizer.recipe(group, each.layout.shape) for each in slots]
-    shaped = {name for recipe in recipes for name in recipe.state}
-    vectors = {
-        each.key(name): (each, vector_shape(each.layout.shape, axes))
-        for each, recipe in zip(slots, recipes, strict=True)
-        for name, axes in recipe.vectors
-    }
-    names = [*shaped, *vectors]
-    entries = {name: value for name, value in entries.items() if value is not None}
-    if not own:  # from elsewhere: only what fits exactly
-        for name in entries:
-            if name not in names and name != "step":
-                raise ValueError(f"{owner}: the state of {slot.name} has {name!r}, which this optimizer does not keep")
-        for name in names if entries else ():
-            if name not in entries:
-                raise ValueError(f"{owner}: the state of {slot.name} lacks {name!r}: it was saved by another optimizer")
-    result: dict[str, Any] = {}
-    for name, value in entries.items():
-        if name not in names:  # of an option that was switched off since
-            continue
-        try:
-            if name in vectors:
-                each, shape = vectors[name]
-                result[name] = each.layout.adopt_vector(value, shape)
-            else:
-                result[name] = slot.layout.adopt(value)
-        except LayoutError as error:
-            raise ValueError(f"{owner}: {name!r} of {slot.name}: {error}") from None
-    if entries:
-        result["step"] = torch.tensor(_step(optimizer, slot, entries, group), dtype=torch.float32)
-    return result
+# ----------------------------------------------------------------------------------------------- the state of one slot
 
 
-def _step(optimizer: Any, slot: Slot, entries: dict[str, Any], group: Group) -> float:
-    """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
-    if "step" in entries:
-        return float(entries["step"])
-    if optimizer.scalars(group, 2) == optimizer.scalars(group, 3):
-        return 1.0
-    raise ValueError(
-        f"{type(optimizer).__name__}: the state of {slot.name} lacks 'step': it was saved by another optimizer"
+def _entry(
+    optimizer: Any, slot: Slot, own_slots: Sequence[Slot], found: Mapping[str, Any], group: Group, own: bool
+) -> _Entry:
+    """The state of one slot, checked.
+
+    Args:
+        optimizer: the optimizer.
+        slot: the slot.
+        own_slots: the slots that share what was found.
+        found: what the state dict holds.
+        group: the group, hyperparameters as saved.
+        own: whether this class saved it, with options as they then were.
+    """
+    owner, recipe = type(optimizer).__name__, optimizer.recipe(group, slot.layout.shape)
+    shapes = {name: vector_shape(slot.layout.shape, axes) for name, axes in recipe.vectors}
+    found = {name: value for name, value in found.items() if value is not None}
+    wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
+    joint = len(own_slots) > 1
+    others = {other.key(name) for other in own_slots for name in shapes} if joint else set()
+    for key in found.keys() - {*wanted.values(), "step"} - others:
+        if not own or key not in _once_kept(optimizer, group, slot):
+            raise ValueError(f"{owner}: the state of {slot.name} has {key!r}, which this optimizer does not keep")
+    for name, key in wanted.items() if found else ():
+        if key not in found:
+            raise ValueError(f"{owner}: the state of {slot.name} lacks {name!r}: it was saved by another optimizer")
+    for name, key in wanted.items():
+        shape = shapes.get(name, slot.parameter.shape if joint else slot.layout.shape)
+        _check_tensor(owner, slot, name, found[key], tuple(shape), name in shapes)
+    return _Entry(
+        slot,
+        joint,
+        {name: found[name] for name in recipe.state},
+        {name: (found[wanted[name]], shape) for name, shape in shapes.items()},
+        _step(optimizer, slot, found, group),
     )
+
+
+def _key(slot: Slot, name: str, found: Mapping[str, Any]) -> str:
+    """Where state that is not parameter-shaped is: under its name, or under that of several originals."""
+    return slot.key(name) if slot.key(name) in found else name
+
+
+def _check_counters(owner: str, entries: Iterable[_Entry]) -> None:
+    """A flat parameter of FSDP1 has one step counter for all originals in it."""
+    first: dict[torch.Tensor, _Entry] = {}
+    for entry in entries:
+        other = first.setdefault(entry.slot.parameter, entry)
+        if other.step != entry.step:
+            raise ValueError(
+                f"{owner}: {other.slot.name} has made {other.step:.0f} steps and {entry.slot.name} {entry.step:.0f}, "
+                "but FSDP1 keeps them in one flat parameter with one counter: wrap with use_orig_params=True"
+            )
+
+
+def _once_kept(optimizer: Any, group: Group, slot: Slot) -> set[str]:
+    """State that this optimizer keeps with other options, which may have been switched off since it was saved."""
+    names: set[str] = set()
+    for key, check in optimizer.checks.items():
+        for value in (True, False, None, 0.5):
+            if check(value) is None:
+                recipe = optimizer.recipe({**group, key: value}, slot.layout.shape)
+                names.update(recipe.state, (name for name, _ in recipe.vectors))
+    return names
+
+
+def _check_tensor(owner: str, slot: Slot, name: str, value: Any, shape: tuple[int, ...], vector: bool) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{owner}: {name!r} of {slot.name} is a {type(value).__name__}, but must be a tensor")
+    if value.is_complex():
+        raise ValueError(f"{owner}: {name!r} of {slot.name} has dtype {value.dtype}, but must be real")
+    piece = is_flattened(slot.parameter) and not slot.shared and not vector and value.shape == slot.parameter.shape
+    if tuple(value.shape) != shape and not piece:
+        raise ValueError(
+            f"{owner}: {name!r} of {slot.name}: state of shape {tuple(value.shape)} for a parameter of shape "
+            f"{tuple(slot.layout.shape)}{f', where {shape} is needed' if vector else ''}: {_REMEDY}"
+        )
+    if isinstance(value, DTensor) and isinstance(slot.parameter, DTensor):
+        here, there = slot.parameter.device_mesh, value.device_mesh
+        if here != there:
+            raise ValueError(f"{owner}: {name!r} of {slot.name} is on {there}, but the parameter on {here}: {_REMEDY}")
+
+
+def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group) -> float:
+    """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
+    owner = type(optimizer).__name__
+    if "step" not in found:
+        if optimizer.scalars(group, 2) == optimizer.scalars(group, 3):
+            return 1.0
+        raise ValueError(f"{owner}: the state of {slot.name} lacks 'step': it was saved by another optimizer")
+    value = found["step"]
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    try:
+        step = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        step = -1.0
+    if not (0 <= step < 2**53 and step == int(step)):
+        raise ValueError(f"{owner}: 'step' of {slot.name} is {value!r}, but must be a whole number >= 0")
+    return step
+
+
+def _redistributed(entries: Iterable[_Entry]) -> str:
+    """What collectives it will take to adopt the entries: those of other ranks must be the same."""
+    return ", ".join(
+        f"{name!r} of {entry.slot.name} placed as {value.placements}"
+        for entry in entries
+        for name, value in entry.tensors.items()
+        if isinstance(value, DTensor) and not _in_place(entry.slot, value)
+    )
+
+
+def _in_place(slot: Slot, value: DTensor) -> bool:
+    """Whether a value lies as this layout keeps state, so that no collective is needed to adopt it."""
+    parameter, group = slot.parameter, slot.layout.gather_group
+    if isinstance(parameter, DTensor):
+        return value.placements == parameter.placements
+    if group is None or value.device_mesh.ndim != 1:
+        return False
+    placement = Shard(0) if parameter.dim() else Replicate()
+    ranks = dist.get_process_group_ranks(group)
+    return value.device_mesh.mesh.tolist() == ranks and value.placements == (placement,)
+
+
+def _adopt(entry: _Entry, state: dict[str, Any]) -> None:
+    layout = entry.slot.layout
+    for name, value in entry.tensors.items():
+        if isinstance(layout, Fragment) and entry.slot.shared and not entry.joint:
+            if name not in state:
+                state[name] = layout.zeros(value.dtype)
+            layout.put(state[name], value.full_tensor() if isinstance(value, DTensor) else value)
+        else:
+            state[name] = layout.adopt(value)
+    for name, (value, shape) in entry.vectors.items():
+        state[entry.slot.key(name)] = layout.adopt_vector(value, shape)
+    state["step"] = torch.tensor(entry.step, dtype=torch.float32, device="cpu")

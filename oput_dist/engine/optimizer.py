@@ -20,6 +20,7 @@ from .load import load_state_dict
 from .model import Model, check_not_replaced
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
+from .saved import FORMAT, FORMAT_KEY, completed
 from .step import Options, Spread, Step
 
 __all__ = ["Common", "Optimizer", "Params"]
@@ -131,6 +132,7 @@ class Optimizer(torch.optim.Optimizer):
             "max_lr": common.get("max_lr"),
             "maximize": common.get("maximize", False),
             "optimizer": owner,
+            FORMAT_KEY: FORMAT,
         }
         self.validate(every)
         if isinstance(params, nn.Module):
@@ -247,6 +249,10 @@ class Optimizer(torch.optim.Optimizer):
     def _sums(self, group: Group, shape: Shape) -> bool:
         """Whether the update of a parameter of a shape needs sums over it."""
         return self._options.max_grad_norm is not None or self.recipe(group, shape).measures
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict. A parameter without state has an empty entry, so that it shows if one was lost."""
+        return completed(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, of this class under any layout: whole tensors are cut to this rank's pieces.

@@ -1,0 +1,192 @@
+"""Do replicas still agree? Hashes of the bits of parameters and state, compared over the ranks that hold the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from oput_dist.layout import Box
+
+from .optimizer import Optimizer
+from .slot import Slot
+
+__all__ = ["ReplicaError", "check_replicas"]
+
+_CHUNK = 2**20  # elements hashed at once: bounds the temporaries
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of the splitmix64 generator
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Row = tuple[int, int | None]
+"""Where a rank's piece lies in the whole, as a hash, and the hash of its bits; None if the rank lacks it."""
+
+
+class ReplicaError(RuntimeError):
+    """Ranks that should hold the same parameters or state do not."""
+
+
+@dataclass
+class _Held:
+    """A tensor of which this rank holds a piece."""
+
+    label: str
+    place: int
+    memory: torch.Tensor | None
+    """None if this rank lacks it."""
+    nothing: bool
+    """Whether there is nothing to hold here."""
+
+
+@torch.no_grad()
+def check_replicas(optimizer: Optimizer, group: dist.ProcessGroup | None = None) -> None:
+    """Check that replicas of parameters, of optimizer state and of step counters are the same, to the last bit.
+
+    Ranks that hold the same elements are replicas, whatever the layout: DDP's copies, the replicas of HSDP, what tensor
+    parallelism replicates, whole parameters under ZeRO-1, row and column statistics. The ranks exchange 64-bit hashes,
+    not data; it costs one pass over this rank's memory and can be called every few hundred steps.
+
+    Every rank of ``group`` must call it.
+
+    Args:
+        optimizer: the optimizer.
+        group: the ranks that train this model; all ranks by default. Needed where ranks hold different models, as the
+            stages of a pipeline do, or plain tensors that are pieces of one.
+
+    Raises:
+        ReplicaError: on every rank, naming the first difference: the parameter, the tensor, the ranks, and for the
+            first two ranks that differ the number of elements and the largest difference.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"check_replicas takes an optimizer of oput_dist, but this is a {type(optimizer).__name__}")
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    held = [tensor for slot in optimizer._current_plan().slots for tensor in _held(optimizer, slot)]
+    labels = _digest([tensor.label for tensor in held])
+    tables: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(tables, (labels, _rows(held)), group=group)
+    if any(theirs != labels for theirs, _ in tables):
+        raise ReplicaError(
+            f"the ranks optimize different parameters ({[len(rows) for _, rows in tables]} tensors and counters): "
+            "give group=, the ranks that train the same ones"
+        )
+    for i, rows in enumerate(zip(*[rows for _, rows in tables], strict=True)):
+        classes = _classes(rows)
+        if classes is not None:
+            raise ReplicaError(f"{held[i].label} {_described(held[i], classes, group)}")
+
+
+def _held(optimizer: Optimizer, slot: Slot) -> list[_Held]:
+    """What of a slot has replicas: a list that is the same on all ranks, but for memory and places."""
+    layout, state = slot.layout, optimizer.state.get(slot.parameter, {})
+    recipe = optimizer.recipe(optimizer.param_groups[slot.group], layout.shape)
+    cut, whole = _digest(_places(layout.boxes)), _digest("whole")
+    partitioned = layout.gather_group is not None  # every rank has the whole parameter, and state for its piece
+    memory = slot.parameter.detach() if partitioned else slot.piece
+    result = [_Held(slot.name, whole if partitioned else cut, memory, memory.numel() == 0)]
+
+    def add(name: str, place: int, memory: torch.Tensor | None) -> None:
+        nothing = slot.numel == 0 and (memory is None or place == cut)
+        result.append(_Held(f"{name!r} of {slot.name}", place, memory, nothing))
+
+    for name in recipe.state:
+        add(name, cut, None if state.get(name) is None else layout.piece_of_state(state[name]))
+    for name, _ in recipe.vectors:
+        add(name, whole, None if state.get(slot.key(name)) is None else layout.memory_of_vector(state[slot.key(name)]))
+    step = state.get("step")
+    add("step", whole, None if step is None else torch.as_tensor(step, dtype=torch.float32))
+    return result
+
+
+def _places(boxes: Sequence[Box]) -> list[Any]:
+    """Which elements of the whole a piece holds, as plain data."""
+    return [
+        [(index.start, index.stop) if isinstance(index, slice) else index.tolist() for index in box.index]
+        for box in boxes
+    ]
+
+
+def _digest(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
+
+
+def _rows(held: Sequence[_Held]) -> list[Row | None]:
+    """The hashes of what this rank holds, None where there is nothing; one transfer from each device."""
+    hashes: dict[int, int] = {}
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(held):
+        if tensor.memory is not None and not tensor.nothing:
+            by_device.setdefault(tensor.memory.device, []).append(i)
+    for indices in by_device.values():
+        values = torch.stack([_hash(memory) for i in indices if (memory := held[i].memory) is not None])
+        hashes.update(zip(indices, values.tolist(), strict=True))
+    return [None if tensor.nothing else (tensor.place, hashes.get(i)) for i, tensor in enumerate(held)]
+
+
+def _hash(memory: torch.Tensor) -> torch.Tensor:
+    """A 64-bit hash of the bits, in order: 0-d, on the device."""
+    bits = _bits(memory)
+    total = torch.full((), bits.numel(), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        words = bits[start : start + _CHUNK].to(torch.int64)
+        x = words + torch.arange(start + 1, start + 1 + len(words), device=bits.device) * _ODD
+        x = (x ^ (x >> 30)) * _MIX[0]
+        x = (x ^ (x >> 27)) * _MIX[1]
+        total += (x ^ (x >> 31)).sum()
+    return total
+
+
+def _bits(memory: torch.Tensor) -> torch.Tensor:
+    """The elements as integers, 1-d."""
+    return memory.reshape(-1).view(_INTEGERS[memory.element_size()])
+
+
+def _classes(rows: Sequence[Row | None]) -> list[tuple[int | None, list[int]]] | None:
+    """For the first piece on which replicas disagree, each hash (None: lacking) with its ranks; the most first."""
+    places: dict[int, dict[int | None, list[int]]] = {}
+    for rank, row in enumerate(rows):
+        if row is not None:
+            places.setdefault(row[0], {}).setdefault(row[1], []).append(rank)
+    for classes in places.values():
+        if len(classes) > 1:
+            return sorted(classes.items(), key=lambda item: (-len(item[1]), item[1]))
+    return None
+
+
+def _described(tensor: _Held, classes: Sequence[tuple[int | None, list[int]]], group: dist.ProcessGroup | None) -> str:
+    """The difference in words, the same on all ranks."""
+    texts = [_ranks(ranks) + (" without it" if value is None else "") for value, ranks in classes]
+    text = f"differs between replicas: {' against '.join(texts)}"
+    (first, ones), (second, others) = classes[:2]
+    if first is None or second is None:
+        return text
+    different, largest = _compared(tensor, ones[0], others[0], group)
+    return f"{text}; between ranks {ones[0]} and {others[0]} {different} elements differ, by up to {largest:.3g}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _compared(tensor: _Held, a: int, b: int, group: dist.ProcessGroup | None) -> tuple[int, float]:
+    """On all ranks: how many elements of the tensor differ between two of them, and by how much at most."""
+    rank = dist.get_rank(group)
+    home, away = (r if group is None else dist.get_global_rank(group, r) for r in (a, b))
+    facts: list[Any] = [None]
+    if rank in (a, b):
+        assert tensor.memory is not None
+        mine = tensor.memory.contiguous().reshape(-1)
+        if rank == b:
+            dist.send(mine.view(torch.uint8), home, group=group)
+        else:
+            theirs = torch.empty_like(mine)
+            dist.recv(theirs.view(torch.uint8), away, group=group)
+            apart = (mine.double() - theirs.double()).abs().max()
+            facts = [(int((_bits(mine) != _bits(theirs)).sum()), float(apart))]
+    dist.broadcast_object_list(facts, src=home, group=group)
+    different, largest = facts[0]
+    return different, largest
