@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, in_order
-from .flattened import is_flattened
 from .plain import Plain
 
 __all__ = ["Flat", "Fragment", "Original", "clean_name", "flattened_in", "fsdp1_layouts"]
@@ -75,10 +75,6 @@ def flattened_in(module: nn.Module) -> dict[torch.Tensor, Flat]:
     Raises:
         LayoutError: for FSDP1 around tensor-parallel parameters, whose local pieces it flattens.
     """
-    if not any(is_flattened(parameter) for parameter in module.parameters()):
-        return {}
-    from torch.distributed.fsdp import FullyShardedDataParallel  # takes long, and most modules have none
-
     found: dict[torch.Tensor, Flat] = {}
     names = {id(child): name for name, child in module.named_modules()}
     for unit in FullyShardedDataParallel.fsdp_modules(module):
