@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import oput_dist as oput
@@ -108,3 +111,48 @@ def test_gradients_that_are_partial_sums_are_clipped(pool: Pool) -> None:
     for before, after in pool.run(2, clip_partial):
         assert before == 40.0
         assert after == pytest.approx(1.0, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- modules, partial sums
+
+
+def clipped_module(kind: str) -> tuple[float, list[Tensor], float]:
+    """The norm of one rank's module, its clipped gradients whole, and the seconds that it took."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    wrapped: nn.Module = module
+    if kind.startswith("fsdp1"):
+        wrapped = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=kind == "fsdp1")
+    wrapped(torch.ones(2, 5)).square().sum().backward()
+    began = time.monotonic()
+    norm = oput.clip_grad_norm_(wrapped, 0.5)
+    took = time.monotonic() - began
+    if kind == "one":
+        return norm.item(), [p.grad for p in module.parameters() if p.grad is not None], took
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=kind == "fsdp1"):
+        return norm.item(), [p.grad.clone() for p in module.parameters() if p.grad is not None], took
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp1-flat"])
+def test_a_module_of_fsdp1(pool: Pool, kind: str) -> None:
+    ((wanted, gradients, _),) = pool.run(1, clipped_module, "one")
+    assert wanted > 1.0
+    for norm, found, _ in pool.run(2, clipped_module, kind):
+        assert norm == pytest.approx(wanted, rel=1e-6)
+        for one, other in zip(found, gradients, strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def partial_on_one_rank() -> tuple[float, float]:
+    """Rank 1 has no gradient; rank 0's is a partial sum."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()], src_data_rank=None))
+    if dist.get_rank() == 0:
+        p.grad = DTensor.from_local(torch.tensor([3.0, 4.0]), mesh, [Partial()], run_check=False)
+    began = time.monotonic()
+    return oput.clip_grad_norm_([p], 10.0).item(), time.monotonic() - began
+
+
+def test_a_partial_sum_on_one_rank_keeps_nobody_waiting(pool: Pool) -> None:
+    for _, took in pool.run(2, partial_on_one_rank, timeout=20.0):
+        assert took < 5.0

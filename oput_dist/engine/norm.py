@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.math import square_terms
 from oput_dist.kernels.stage import WHOLE, Measure, Prologue
-from oput_dist.layout import LayoutError, dense_strides, flat, layout_of, whole_or_local
+from oput_dist.layout import Flat, LayoutError, dense_strides, flat, flattened_in, layouts_of, whole_or_local
+
+from .partial import PartialSums
 
 __all__ = ["clip_factor", "clip_grad_norm_", "power_table"]
 
@@ -39,7 +42,7 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: torch.Tensor | Iterable[torch.Tensor],
+    parameters: nn.Module | torch.Tensor | Iterable[torch.Tensor],
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -51,7 +54,7 @@ def clip_grad_norm_(
     same parameters; a gradient that is None counts as zero.
 
     Args:
-        parameters: the parameters (or one of them).
+        parameters: the parameters (or one of them), or the module; FSDP1 needs the wrapped module.
         max_norm: the largest norm to leave as it is; >= 0.
         norm_type: the order of the norm, > 0, or ``inf``.
         error_if_nonfinite: raise RuntimeError if the norm is NaN or infinite. This waits for the device.
@@ -66,10 +69,13 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm={max_norm!r} is not allowed: must be a number >= 0")
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type!r} is not allowed: must be a number > 0, or inf")
+    flattened = flattened_in(parameters) if isinstance(parameters, nn.Module) else {}
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.parameters()
     every = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     if not every:
         return torch.zeros(())
-    norm = _joint_norm(every, float(norm_type))
+    norm = _joint_norm(every, flattened, float(norm_type))
     if error_if_nonfinite and not bool(torch.isfinite(norm)):
         raise RuntimeError(
             f"the norm of order {norm_type} of the gradients is {norm.item()}, so they cannot be clipped"
@@ -112,22 +118,31 @@ def power_table(
     return table
 
 
-def _joint_norm(parameters: Sequence[torch.Tensor], order: float) -> torch.Tensor:
+def _joint_norm(
+    parameters: Sequence[torch.Tensor], flattened: Mapping[torch.Tensor, Flat], order: float
+) -> torch.Tensor:
     """The norm of all gradients together, float64 accumulation, in the widest dtype of the gradients."""
-    layouts = [layout_of(parameter) for parameter in parameters]
-    for i, layout in enumerate(layouts):
-        if layout.why_no_sums is not None:
-            raise LayoutError(f"clip_grad_norm_: parameter {i}: {layout.why_no_sums}")
+    each = [layouts_of(parameter, None, flattened) for parameter in parameters]
+    for i, own in enumerate(each):
+        if own[0].why_no_sums is not None:
+            raise LayoutError(f"clip_grad_norm_: parameter {i}: {own[0].why_no_sums}")
+    settled = PartialSums(parameters, [own[0] for own in each]).settled()
+    gradients = [settled.get(i, parameter.grad) for i, parameter in enumerate(parameters)]
+    layouts = [layout for own in each for layout in own]
+    owners = [i for i, own in enumerate(each) for _ in own]
     pieces = {
         i: flat(piece, dense_strides(piece))
-        for i, (parameter, layout) in enumerate(zip(parameters, layouts, strict=True))
-        if parameter.grad is not None and (piece := layout.piece(parameter.grad)).numel()
+        for i, (owner, layout) in enumerate(zip(owners, layouts, strict=True))
+        if (gradient := gradients[owner]) is not None and (piece := layout.piece(gradient)).numel()
     }
     devices = list(dict.fromkeys(parameter.device for parameter in parameters)) or [torch.device("cpu")]
     largest = order == float("inf")
     totals = []
     for device in devices:
-        items = [(x.groups if p.device == device else (), 1) for x, p in zip(layouts, parameters, strict=True)]
+        items = [
+            (layout.groups if parameters[owner].device == device else (), 1)
+            for layout, owner in zip(layouts, owners, strict=True)
+        ]
         table = power_table(pieces, Schedule.of(items), device, order)
         totals.append(table.max() if largest else table.sum())
     total = torch.stack([t.to(devices[0], non_blocking=True) for t in totals])
