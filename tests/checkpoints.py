@@ -6,7 +6,7 @@ gives: bitwise for elementwise optimizers, to rounding for those with norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,9 +280,8 @@ def end(run: Run) -> dict[str, Any]:
     return {"model": whole(run.module), "optimizer": oput.full_state_dict(run.optimizer)}
 
 
-def load_dcp(layout: str, folder: Path) -> dict[str, Run]:
+def load_dcp(layout: str, folder: Path, cases: Iterable[str]) -> dict[str, Run]:
     """New runs that go on where saved ones stopped."""
-    cases = [case for case in LAYOUTS[layout].cases("dcp") if case in LAYOUTS[folder.name].cases("dcp")]
     runs = {case: start(layout, case, lr=9.0) for case in cases}  # the saved rate must come back
     loaded = {case: parts(run) for case, run in runs.items()}
     dcp.load(loaded, checkpoint_id=folder)
@@ -293,14 +292,13 @@ def load_dcp(layout: str, folder: Path) -> dict[str, Run]:
     return runs
 
 
-def load_whole(runs: dict[str, Run], folder: Path) -> dict[str, Run]:
-    """Runs, new or old, set back to where saved ones stopped."""
+def load_whole(runs: dict[str, Run], folder: Path) -> None:
+    """Set runs, new or old, back to where saved ones stopped."""
     loaded = torch.load(folder / "whole.pt", weights_only=True)
     for case, run in runs.items():
         restore(run.module, loaded[case]["model"])
         run.optimizer.load_state_dict(loaded[case]["optimizer"])
         run.scheduler.load_state_dict(loaded[case]["scheduler"])
-    return runs
 
 
 def load(layout: str, folder: str, way: str) -> list[str]:
@@ -308,10 +306,14 @@ def load(layout: str, folder: str, way: str) -> list[str]:
     faults = []
     wanted = torch.load(Path(folder, "one", "ends.pt"), weights_only=True)
     own = torch.load(Path(folder, layout, "ends.pt"), weights_only=True)
-    runs = {case: start(layout, case, lr=9.0) for case in LAYOUTS[layout].cases("whole")}
+    spread = LAYOUTS[layout]
+    runs = {case: start(layout, case, lr=9.0) for case in spread.cases("whole")}
     for source in LAYOUTS:
         path = Path(folder, source)
-        runs = load_dcp(layout, path) if way == "dcp" else load_whole(runs, path)
+        if way == "dcp":
+            runs = load_dcp(layout, path, [case for case in spread.cases(way) if case in LAYOUTS[source].cases(way)])
+        else:
+            load_whole(runs, path)
         for case, run in runs.items():
             train(layout, case, run, range(HALF, ALL))
             found = end(run)

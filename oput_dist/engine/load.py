@@ -38,7 +38,8 @@ class _Entry:
     tensors: dict[str, torch.Tensor]
     vectors: dict[str, tuple[torch.Tensor, tuple[int, ...]]]
     """Each with the shape it must get."""
-    step: float
+    step: float | None
+    """None where nothing of the parameter is on this rank, and so nothing was counted."""
 
 
 def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> None:
@@ -121,7 +122,13 @@ def _check_absence(owner: str, slot: Slot, key: Any, whole: bool) -> None:
 def _merged(group: dict[str, Any], saved: Group) -> dict[str, Any]:
     """The saved hyperparameters with this optimizer's parameters; what the saved group lacks keeps its value."""
     # Names are this optimizer's: wrappers rename parameters, and torch takes no account of them either.
-    return {**group, **{key: deepcopy(value) for key, value in saved.items() if key not in _IDENTITY}}
+    values = {key: deepcopy(value) for key, value in saved.items() if key not in _IDENTITY}
+    for key, value in values.items():
+        if isinstance(value, list) and isinstance(
+            group.get(key), tuple
+        ):  # torch's whole state dicts make lists of them
+            values[key] = tuple(value)
+    return {**group, **values}
 
 
 # ----------------------------------------------------------------------------------------------- the state of one slot
@@ -145,8 +152,8 @@ def _entry(
     found = {name: value for name, value in found.items() if value is not None}
     wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
     joint = len(own_slots) > 1
-    others = {other.key(name) for other in own_slots for name in shapes} if joint else set()
-    for key in found.keys() - {*wanted.values(), "step"} - others:
+    kept = _keys(optimizer, own_slots, group) if joint else {*wanted.values()}
+    for key in found.keys() - kept - {"step"}:
         if not own or key not in _once_kept(optimizer, group, slot):
             raise ValueError(f"{owner}: the state of {slot.name} has {key!r}, which this optimizer does not keep")
     for name, key in wanted.items() if found else ():
@@ -167,6 +174,13 @@ def _entry(
 def _key(slot: Slot, name: str, found: Mapping[str, Any]) -> str:
     """Where state that is not parameter-shaped is: under its name, or under that of several originals."""
     return slot.key(name) if slot.key(name) in found else name
+
+
+def _keys(optimizer: Any, slots: Sequence[Slot], group: Group) -> set[str]:
+    """The keys of the state that slots keep together in one flat parameter."""
+    recipes = [(slot, optimizer.recipe(group, slot.layout.shape)) for slot in slots]
+    vectors = {slot.key(name) for slot, recipe in recipes for name, _ in recipe.vectors}
+    return vectors.union(*(recipe.state for _, recipe in recipes))
 
 
 def _check_counters(owner: str, entries: Iterable[_Entry]) -> None:
@@ -209,10 +223,12 @@ def _check_tensor(owner: str, slot: Slot, name: str, value: Any, shape: tuple[in
             raise ValueError(f"{owner}: {name!r} of {slot.name} is on {there}, but the parameter on {here}: {_REMEDY}")
 
 
-def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group) -> float:
+def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group) -> float | None:
     """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
     owner = type(optimizer).__name__
     if "step" not in found:
+        if slot.numel == 0:
+            return None
         if optimizer.scalars(group, 2) == optimizer.scalars(group, 3):
             return 1.0
         raise ValueError(f"{owner}: the state of {slot.name} lacks 'step': it was saved by another optimizer")
@@ -261,4 +277,5 @@ def _adopt(entry: _Entry, state: dict[str, Any]) -> None:
             state[name] = layout.adopt(value)
     for name, (value, shape) in entry.vectors.items():
         state[entry.slot.key(name)] = layout.adopt_vector(value, shape)
-    state["step"] = torch.tensor(entry.step, dtype=torch.float32, device="cpu")
+    if entry.step is not None:
+        state["step"] = torch.tensor(entry.step, dtype=torch.float32, device="cpu")

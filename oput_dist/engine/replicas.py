@@ -165,7 +165,7 @@ def _described(tensor: _Held, classes: Sequence[tuple[int | None, list[int]]], g
     if first is None or second is None:
         return text
     different, largest = _compared(tensor, ones[0], others[0], group)
-    return f"{text}; between ranks {ones[0]} and {others[0]} {different} elements differ, by up to {largest:.3g}"
+    return f"{text}; of ranks {ones[0]} and {others[0]}, {different} elements differ, by up to {largest:.3g}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
