@@ -42,6 +42,18 @@ class _Entry:
     """None where nothing of the parameter is on this rank, and so nothing was counted."""
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where the state of a slot comes from."""
+
+    own: bool
+    """Whether this library saved it, with options as they then were."""
+    whole: bool
+    """Whether it is whole, and so every parameter has its own, with a step count."""
+    slots: Sequence[Slot]
+    """The slots that it is for: several for the state of a flat parameter of FSDP1, in one piece."""
+
+
 def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> None:
     """Load ``state_dict`` into ``optimizer``, whose current plan is given.
 
@@ -89,7 +101,8 @@ def _checked(
         for slot in own_slots:
             group = saved[slot.group]
             if found:
-                entries.append(_entry(optimizer, slot, own_slots, found, groups[slot.group], "optimizer" in group))
+                source = _Source("optimizer" in group, WHOLE_KEY in state_dict, own_slots)
+                entries.append(_entry(optimizer, slot, found, groups[slot.group], source))
             elif found is None and state_dict["state"] and FORMAT_KEY in group:
                 _check_absence(owner, slot, key, WHOLE_KEY in state_dict)
     _check_counters(owner, entries)
@@ -134,27 +147,16 @@ def _merged(group: dict[str, Any], saved: Group) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- the state of one slot
 
 
-def _entry(
-    optimizer: Any, slot: Slot, own_slots: Sequence[Slot], found: Mapping[str, Any], group: Group, own: bool
-) -> _Entry:
-    """The state of one slot, checked.
-
-    Args:
-        optimizer: the optimizer.
-        slot: the slot.
-        own_slots: the slots that share what was found.
-        found: what the state dict holds.
-        group: the group, hyperparameters as saved.
-        own: whether this class saved it, with options as they then were.
-    """
+def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, source: _Source) -> _Entry:
+    """The state of one slot, checked; ``group`` has the hyperparameters as saved."""
     owner, recipe = type(optimizer).__name__, optimizer.recipe(group, slot.layout.shape)
     shapes = {name: vector_shape(slot.layout.shape, axes) for name, axes in recipe.vectors}
     found = {name: value for name, value in found.items() if value is not None}
     wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
-    joint = len(own_slots) > 1
-    kept = _keys(optimizer, own_slots, group) if joint else {*wanted.values()}
+    joint = len(source.slots) > 1
+    kept = _keys(optimizer, source.slots, group) if joint else {*wanted.values()}
     for key in found.keys() - kept - {"step"}:
-        if not own or key not in _once_kept(optimizer, group, slot):
+        if not source.own or key not in _once_kept(optimizer, group, slot):
             raise ValueError(f"{owner}: the state of {slot.name} has {key!r}, which this optimizer does not keep")
     for name, key in wanted.items() if found else ():
         if key not in found:
@@ -167,7 +169,7 @@ def _entry(
         joint,
         {name: found[name] for name in recipe.state},
         {name: (found[wanted[name]], shape) for name, shape in shapes.items()},
-        _step(optimizer, slot, found, group),
+        _step(optimizer, slot, found, group, source.whole),
     )
 
 
@@ -188,7 +190,7 @@ def _check_counters(owner: str, entries: Iterable[_Entry]) -> None:
     first: dict[torch.Tensor, _Entry] = {}
     for entry in entries:
         other = first.setdefault(entry.slot.parameter, entry)
-        if other.step != entry.step:
+        if other.step is not None and entry.step is not None and other.step != entry.step:
             raise ValueError(
                 f"{owner}: {other.slot.name} has made {other.step:.0f} steps and {entry.slot.name} {entry.step:.0f}, "
                 "but FSDP1 keeps them in one flat parameter with one counter: wrap with use_orig_params=True"
@@ -223,12 +225,12 @@ def _check_tensor(owner: str, slot: Slot, name: str, value: Any, shape: tuple[in
             raise ValueError(f"{owner}: {name!r} of {slot.name} is on {there}, but the parameter on {here}: {_REMEDY}")
 
 
-def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group) -> float | None:
+def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, whole: bool) -> float | None:
     """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
     owner = type(optimizer).__name__
     if "step" not in found:
-        if slot.numel == 0:
-            return None
+        if slot.numel == 0 and is_flattened(slot.parameter) and not whole:
+            return None  # FSDP1 gives a rank no gradient for what it has nothing of
         if optimizer.scalars(group, 2) == optimizer.scalars(group, 3):
             return 1.0
         raise ValueError(f"{owner}: the state of {slot.name} lacks 'step': it was saved by another optimizer")
