@@ -7,30 +7,12 @@ Example::
     optimizer = oput.Lamb(model.parameters(), lr=1e-3)
 """
 
-from .engine import Optimizer, clip_grad_norm_, state_bytes
-from .engine.replicas import ReplicaError, check_replicas
-from .engine.whole import full_state_dict
-from .optimizers import SGD, Adafactor, Adam, AdamP, AdamW, Adan, Lamb, Lion, Momo, StableAdamW, available, create
+from .engine import Optimizer as Optimizer
+from .engine import clip_grad_norm_ as clip_grad_norm_
+from .engine import state_bytes as state_bytes
+from .engine.replicas import ReplicaError as ReplicaError
+from .engine.replicas import check_replicas as check_replicas
+from .engine.whole import full_state_dict as full_state_dict
+from .optimizers import *
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "SGD",
-    "Adafactor",
-    "Adam",
-    "AdamP",
-    "AdamW",
-    "Adan",
-    "Lamb",
-    "Lion",
-    "Momo",
-    "Optimizer",
-    "ReplicaError",
-    "StableAdamW",
-    "available",
-    "check_replicas",
-    "clip_grad_norm_",
-    "create",
-    "full_state_dict",
-    "state_bytes",
-]

@@ -1,7 +1,7 @@
 """The conformance harness: the same seeded gradients for one plain process and for a sharded run must give one result.
 
 Three tables are crossed: optimizer cases (``Case``), layouts (``tests/layouts.py``) and backends. A new optimizer is
-one row in ``tests/test_conformance.py``. The ranks only report what they hold (``on_rank``); the parent process builds
+one row in ``tests/cases/``. The ranks only report what they hold (``on_rank``); the parent process builds
 the reference and judges (``faults``), so that nothing distributed can touch the reference.
 
 Training has LAST + 1 steps. At NONE_ON_ALL some gradients are None on every rank. At the last step some are None on one
@@ -43,6 +43,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 SKIPPED = ("vector", "conv", "scalar")  # gradients that are None on all ranks at step NONE_ON_ALL
 DROPPED = ("vector", "matrix", "short", "one")  # gradients that are None on one rank at the last step
 ABSENT = 1  # ... and that rank (with the replicas of its piece)
+SECOND = {"lr": 0.05, "weight_decay": 0.2}  # the second parameter group
+FAST = {"lr": 0.4, "weight_decay": 0.2}  # where errors are relative to the update, it must not drown in the parameter
 GRID = 64  # every value is a multiple of 1/64 below 4, so that means over ranks are exact and hide no error
 RELATIVE_ERROR = {
     torch.float32: 1e-6,

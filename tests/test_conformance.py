@@ -1,4 +1,4 @@
-"""Every optimizer under every layout gives what one process gives. Adding an optimizer is one row of CASES."""
+"""Every optimizer under every layout gives what one process gives. Adding an optimizer is one row in tests/cases/."""
 
 from __future__ import annotations
 
@@ -11,34 +11,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import oput_dist as oput
-from tests.conformance import Case, Row, faults
+from tests.cases import CASES
+from tests.conformance import SECOND, Case, Row, faults
 from tests.pool import Pool
 from tests.wrapped import WORLDS, WRAPPED_WORLDS
 
-SECOND = {"lr": 0.05, "weight_decay": 0.2}
-FAST = {"lr": 0.4, "weight_decay": 0.2}  # where errors are relative to the update, it must not drown in the parameter
-CASES = [
-    Case("sgd", "oput_dist.SGD", {"lr": 0.1}, SECOND),
-    Case("sgd momentum", "oput_dist.SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}, SECOND),
-    Case("sgd nesterov", "oput_dist.SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "decouple_wd": True}, SECOND),
-    Case("adam", "oput_dist.Adam", {"lr": 0.1}, SECOND),
-    Case("adam amsgrad", "oput_dist.Adam", {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1}, SECOND),
-    Case("adamw", "oput_dist.AdamW", {"lr": 0.1}, SECOND),
-    Case("adamw decoupled", "oput_dist.AdamW", {"lr": 0.1, "decouple_lr": True, "max_lr": 0.2}, SECOND),
-    Case("lion", "oput_dist.Lion", {"lr": 0.1}, SECOND),
-    Case("adan", "oput_dist.Adan", {"lr": 0.1}, SECOND),
-    Case("adan no_prox", "oput_dist.Adan", {"lr": 0.1, "no_prox": True}, SECOND),
-    Case("stableadamw", "oput_dist.StableAdamW", {"lr": 0.1}, FAST, exact=False),
-    Case("lamb", "oput_dist.Lamb", {"lr": 0.1, "weight_decay": 0.1}, FAST, exact=False),
-    Case("lamb adapt", "oput_dist.Lamb", {"lr": 0.5, "always_adapt": True, "clamp": 2.0}, FAST, exact=False),
-    Case("lamb clipped", "oput_dist.Lamb", {"lr": 0.1, "max_grad_norm": 1.0}, FAST, exact=False),
-    Case("adamw clipped", "oput_dist.AdamW", {"lr": 0.1, "max_grad_norm": 1.0}, FAST, exact=False),
-    Case(
-        "adafactor", "oput_dist.Adafactor", {"lr": 0.3}, FAST, exact=False, partly=False, vectors=("row_var", "col_var")
-    ),
-    Case("adamp", "oput_dist.AdamP", {"lr": 0.1, "delta": 10.0}, FAST, exact=False, partly=False),
-    Case("momo", "oput_dist.Momo", {"lr": 1.0}, FAST, exact=False, partly=False, loss=True),
-]
 BY_NAME = {case.name: case for case in CASES}
 INEXACT = [case for case in CASES if not case.exact]
 FEW = [BY_NAME[name] for name in ("adamw", "lion", "stableadamw", "lamb", "lamb clipped")]

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import oput_dist as oput
+from tests.parity import EXACT, STEPS, difference, pull, start
 from tests.pool import Pool
-from tests.test_parity import EXACT, STEPS, difference, pull, start
 
 SECOND = {"lr": 0.003, "weight_decay": 0.07}
 SETTINGS: list[dict[str, Any]] = [

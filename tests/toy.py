@@ -10,8 +10,23 @@ from torch import Tensor, nn
 
 import oput_dist as oput
 
-NAMES = [name for name in oput.available() if name != "momo"]  # whose step needs the loss: tests/test_momo.py
-NORMS = ("adafactor", "adamp", "lamb", "stableadamw")  # these sum norms, in an order that depends on the backend
+EXTRA: dict[str, dict[str, Any]] = {  # what puts all state to use
+    "sgd": {"momentum": 0.9},
+}
+
+
+def _recipes(name: str) -> list[Any]:
+    optimizer = oput.create(name, [torch.zeros(1)], **EXTRA.get(name, {}))
+    return [optimizer.recipe(optimizer.param_groups[0], shape) for shape in ((3,), (3, 4))]
+
+
+def _needs_loss(name: str) -> bool:
+    return any("loss_avg" in recipe.kept for recipe in _recipes(name))
+
+
+NAMES = [name for name in oput.available() if not _needs_loss(name)]  # for the others see tests/test_momo.py
+NORMS = [name for name in NAMES if any(recipe.measures for recipe in _recipes(name))]
+"""These sum norms, in an order that depends on the backend."""
 SHAPES = [(3, 4), (5,), (), (2, 3, 1, 2)]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 
@@ -27,8 +42,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 def make(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     """The optimizer with all its state in use."""
-    extra = {"momentum": 0.9} if name == "sgd" else {}
-    return oput.create(name, params, **{"lr": 0.05, "weight_decay": 0.1, **extra, **options})
+    return oput.create(name, params, **{"lr": 0.05, "weight_decay": 0.1, **EXTRA.get(name, {}), **options})
 
 
 def walk(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> list[Tensor]:

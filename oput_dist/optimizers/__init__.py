@@ -1,28 +1,17 @@
-"""The optimizers: one file for each, or for a close family. Know nothing of layouts or ranks."""
+"""The optimizers: one file for each, or for a close family. Know nothing of layouts or ranks.
 
-from .adafactor import Adafactor
-from .adam import Adam, AdamW
-from .adamp import AdamP
-from .adan import Adan
-from .lamb import Lamb
-from .lion import Lion
-from .momo import Momo
+Each line below takes the classes that a file lists in ``__all__``; :func:`available` finds them here.
+"""
+
+from .adafactor import *
+from .adam import *
+from .adamp import *
+from .adan import *
+from .lamb import *
+from .lion import *
+from .momo import *
 from .registry import OPTIMIZERS, available, create
-from .sgd import SGD
-from .stableadamw import StableAdamW
+from .sgd import *
+from .stableadamw import *
 
-__all__ = [
-    "OPTIMIZERS",
-    "SGD",
-    "Adafactor",
-    "Adam",
-    "AdamP",
-    "AdamW",
-    "Adan",
-    "Lamb",
-    "Lion",
-    "Momo",
-    "StableAdamW",
-    "available",
-    "create",
-]
+__all__ = [*(cls.__name__ for cls in OPTIMIZERS.values()), "available", "create"]

@@ -17,7 +17,7 @@ from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, lerp
 from oput_dist.kernels.stage import WHOLE, Apply, Measure, Update, Vectors
 
-__all__ = ["AdamP", "projection"]
+__all__ = ["AdamP"]
 
 
 class AdamPScalars(NamedTuple):

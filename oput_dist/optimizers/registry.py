@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from oput_dist.engine import Optimizer, Params
 from oput_dist.engine.hyper import nearest
 
-from .adafactor import Adafactor
-from .adam import Adam, AdamW
-from .adamp import AdamP
-from .adan import Adan
-from .lamb import Lamb
-from .lion import Lion
-from .momo import Momo
-from .sgd import SGD
-from .stableadamw import StableAdamW
-
 __all__ = ["OPTIMIZERS", "available", "create", "lookup"]
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    cls.__name__.lower(): cls for cls in (Adafactor, Adam, AdamP, AdamW, Adan, Lamb, Lion, Momo, SGD, StableAdamW)
-}
+
+class _Registry(Mapping[str, type[Optimizer]]):
+    """The classes of the suite by lower-case name: every optimizer that the package's ``__init__`` takes in."""
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, type[Optimizer]]:
+        package = importlib.import_module(__package__ or "")
+        classes = [c for c in vars(package).values() if isinstance(c, type) and issubclass(c, Optimizer)]
+        return {cls.__name__.lower(): cls for cls in sorted(classes, key=lambda cls: cls.__name__.lower())}
+
+    def __getitem__(self, name: str) -> type[Optimizer]:
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+
+OPTIMIZERS: Mapping[str, type[Optimizer]] = _Registry()
 
 
 def available() -> list[str]:

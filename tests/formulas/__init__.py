@@ -1,0 +1,1 @@
+"""Update rules written out in plain PyTorch, from papers and OPTIMIZERS.md: oracles where no library is right."""
