@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from .language import rule, tl
 
-__all__ = ["adam_moments", "at_least", "at_most", "lerp", "passed_on", "sign", "square_terms"]
+__all__ = [
+    "adam_moments",
+    "at_least",
+    "at_most",
+    "cube_root",
+    "lerp",
+    "lookahead",
+    "passed_on",
+    "sigmoid",
+    "sign",
+    "softplus",
+    "square_terms",
+]
 
 
 @rule
@@ -29,6 +41,40 @@ def at_most(x, high):
 def sign(x):
     """-1, 0 or 1; 0 for NaN."""
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@rule
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``"""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@rule
+def softplus(x):
+    """``log(1 + exp(x))``, without overflow."""
+    return tl.where(x > 0, x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@rule
+def cube_root(x):
+    """Of ``x >= 0``: a logarithm's guess and one step of Newton's, since GPUs' logarithms are not exact."""
+    positive = x > 0
+    x = tl.where(positive, x, 1.0)
+    y = tl.exp(tl.log(x) / 3.0)
+    y = y - (y - x / (y * y)) / 3.0
+    return tl.where(positive, y, 0.0)
+
+
+@rule
+def lookahead(p, fast, slow, h):
+    """Fast and slow weights after a step from ``p`` to ``fast``: every so many steps both meet on the way.
+
+    Slow weights begin as the parameter before the first step. Needs ``h.first`` (1 at the first step, else 0) and
+    ``h.pull``: the share of the way, 0 between synchronisations.
+    """
+    slow = tl.where(h.first > 0, p, slow)
+    met = slow + h.pull * (fast - slow)
+    return tl.where(h.pull > 0, met, fast), tl.where(h.pull > 0, met, slow)
 
 
 @rule

@@ -163,10 +163,13 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             self._check_new_group(param_group)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        self.complete(self.param_groups[-1])
+        self._plan = None
+
+    def complete(self, group: dict[str, Any]) -> None:
+        """Fill in what depends on a new group's own values, such as its initial learning rate."""
         if group["decouple_lr"] and group["max_lr"] is None:
             group["max_lr"] = float(group["lr"])
-        self._plan = None
 
     def _check_new_group(self, param_group: dict[str, Any]) -> None:
         owner = type(self).__name__
