@@ -50,7 +50,7 @@ class Variant:
     @property
     def measures(self) -> bool:
         """Whether it sums over parameters, so that the order of summation shows in the last bits."""
-        return "max_grad_norm" in self.options or any(isinstance(p.stage, Measure) for p in self.programs())
+        return "max_grad_norm" in self.options or any(p.stage.sums for p in self.programs())
 
     def build(self, params: Any, **extra: Any) -> oput.Optimizer:
         """The optimizer for ``params``; a group may override ``lr``."""
@@ -60,7 +60,7 @@ class Variant:
         """What its step runs on gradients of one dtype."""
         optimizer = self.build([torch.zeros(1)])
         (group,) = optimizer.param_groups
-        recipe = optimizer.recipe(group, (1,))
+        recipe = optimizer.recipe_of(group, (1,))
         kind, scaled = type(optimizer.scalars(group, 1)), "max_grad_norm" in self.options
         for number, stage in enumerate(recipe.stages):
             yield Program(stage, prologue_of(recipe, group), kind, recipe.width(number), scaled, len(recipe.state))
@@ -123,7 +123,7 @@ def variants() -> list[Variant]:
 def _flat(name: str) -> bool:
     """Whether an optimizer runs through the grouped kernel alone: it sees no axes, and needs no loss."""
     optimizer = oput.create(name, [torch.zeros(1)])
-    recipe = optimizer.recipe(optimizer.param_groups[0], (2, 2))
+    recipe = optimizer.recipe_of(optimizer.param_groups[0], (2, 2))
     return not recipe.kept and not any(recipe.boxed(number) for number in range(len(recipe.stages)))
 
 

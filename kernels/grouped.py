@@ -13,7 +13,7 @@ import torch
 
 from .language import HAS_TRITON, jit, tl
 from .math import passed_on
-from .stage import Apply, Decay, Factors, Measure, Prologue, Stage, Update
+from .stage import Agreed, Agreement, Apply, Cautious, Decay, Factors, Measure, Prologue, Stage, Update, plain
 
 __all__ = ["BLOCK", "constexprs", "grouped", "num_warps", "segmented_sum"]
 
@@ -21,8 +21,8 @@ BLOCK = 1024
 """Elements of one tile, and of one program."""
 _NUM_WARPS = {"cuda": 4, "hip": 2}  # warps of 32 and of 64 threads
 
-_UPDATE, _MEASURE, _APPLY = 0, 1, 2
-_KINDS: dict[type, int] = {Update: _UPDATE, Measure: _MEASURE, Apply: _APPLY}
+_KINDS: dict[type, int] = {Update: 0, Measure: 1, Apply: 2}
+_CAUTION: dict[type, int] = {Agreement: 1, Cautious: 2}
 
 
 @jit
@@ -55,12 +55,14 @@ def _tile(
     FACTORS: tl.constexpr,
     H: tl.constexpr,
     KIND: tl.constexpr,
+    CAUTION: tl.constexpr,
     N_H: tl.constexpr,
     N_TERMS: tl.constexpr,
     N_SUMS: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     SCALED: tl.constexpr,
+    WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -90,6 +92,7 @@ def _tile(
         g = g + decay * p
     if DECAY == 2 and KIND != 1:
         p = p * decay
+    before = p
     if N_SUMS > 0:
         c = FACTORS(_scalars(sums, N_SUMS, C), h)
     if KIND == 0:
@@ -102,14 +105,19 @@ def _tile(
             state, terms = RULE(p, g, state, h, c)
         else:
             state, terms = RULE(p, g, state, h)
-        for i in tl.static_range(N_TERMS):
-            term = terms[i]
-            if MASKED:
-                term = tl.where(mask, term, 0.0)
-            tl.store(partial + i, tl.sum(term).to(tl.float64))
-    else:
+    elif N_SUMS > 0:
         p = RULE(p, g, state, h, c)
-    if KIND != 1:
+    if CAUTION == 1:
+        terms = (((p - before) * g < 0).to(C),)
+    if CAUTION == 2:
+        move = p - before
+        p = before + tl.where(move * g < 0, move * tl.load(sums + N_SUMS).to(C), 0.0)
+    for i in tl.static_range(N_TERMS):
+        term = terms[i]
+        if MASKED:
+            term = tl.where(mask, term, 0.0)
+        tl.store(partial + i, tl.sum(term).to(tl.float64))
+    if WRITES_P:
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(S)):
@@ -128,12 +136,14 @@ def grouped(
     FACTORS: tl.constexpr,
     H: tl.constexpr,
     KIND: tl.constexpr,
+    CAUTION: tl.constexpr,
     N_H: tl.constexpr,
     N_TERMS: tl.constexpr,
     N_SUMS: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     SCALED: tl.constexpr,
+    WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -144,7 +154,8 @@ def grouped(
     """Program ``i`` runs the stage on tile ``tiles[i]``; see the module's docstring for the arguments.
 
     ``scale`` is one float64 that multiplies every gradient; ``partial`` receives one row of sums per tile (Measure);
-    ``sums`` holds one row of global sums, or of factors, per tensor (a stage that follows a Measure).
+    ``sums`` holds one row of global sums, or of factors, per tensor (a stage that follows a Measure), then the
+    factor of the moves that agree with the gradient (Cautious).
     """
     pid = tl.program_id(0).to(tl.int64)
     tensor = tl.load(tiles + 2 * pid).to(tl.int64)
@@ -153,13 +164,13 @@ def grouped(
     numel = tl.load(row)
     hyper = hyper + tensor * (1 + N_H)
     partial = partial + pid * N_TERMS
-    sums = sums + tensor * N_SUMS
+    sums = sums + tensor * (N_SUMS + (CAUTION == 2))
     if (start + BLOCK <= numel) & (tl.load(row + 1) != 0):
-        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, N_SUMS,
-              DECAY, MAXIMIZE, SCALED, WRITES_STATE, P, G, S, C, BLOCK, False)  # fmt: skip
+        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, CAUTION, N_H, N_TERMS,
+              N_SUMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BLOCK, False)  # fmt: skip
     else:
-        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, N_H, N_TERMS, N_SUMS,
-              DECAY, MAXIMIZE, SCALED, WRITES_STATE, P, G, S, C, BLOCK, True)  # fmt: skip
+        _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, CAUTION, N_H, N_TERMS,
+              N_SUMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BLOCK, True)  # fmt: skip
 
 
 @jit
@@ -213,18 +224,21 @@ def constexprs(
         scaled: whether a gradient scale is given.
         p, g, state: dtypes of parameter, gradient and each state.
     """
+    given = stage.given.before if isinstance(stage.given, Agreed) else stage.given
     return {
         "RULE": stage.rule,
-        "FACTORS": stage.given.rule if isinstance(stage.given, Factors) else passed_on,
+        "FACTORS": given.rule if isinstance(given, Factors) else passed_on,
         "H": scalars,
-        "KIND": _KINDS[type(stage)],
+        "KIND": _KINDS[type(plain(stage))],
+        "CAUTION": _CAUTION.get(type(stage), 0),
         "N_H": len(scalars._fields),  # type: ignore[attr-defined]
-        "N_TERMS": stage.terms if isinstance(stage, Measure) else 0,
-        "N_SUMS": sums,
+        "N_TERMS": len(stage.sums),
+        "N_SUMS": sums - isinstance(stage, Cautious),
         "DECAY": prologue.decay.value,
         "MAXIMIZE": prologue.maximize,
         "SCALED": scaled,
-        "WRITES_STATE": isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state),
+        "WRITES_P": stage.writes_parameter,
+        "WRITES_STATE": stage.writes_state,
         "P": _DTYPES[p],
         "G": _DTYPES[g],
         "S": tuple(_DTYPES[d] for d in state),

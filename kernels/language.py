@@ -24,6 +24,7 @@ class _TorchLanguage:
     abs = staticmethod(torch.abs)
     exp = staticmethod(torch.exp)
     log = staticmethod(torch.log)
+    static_range = staticmethod(range)
 
     @staticmethod
     def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:

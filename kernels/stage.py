@@ -10,23 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from .language import Rule
 
 __all__ = [
     "WHOLE",
+    "Agreed",
+    "Agreement",
     "Apply",
     "Axes",
+    "Cautious",
     "Decay",
     "Factors",
     "Given",
     "Joint",
+    "JointWithLoss",
     "Measure",
     "Prologue",
     "Stage",
+    "Stored",
     "Update",
     "Vectors",
+    "measures",
+    "plain",
 ]
 
 Axes: TypeAlias = tuple[int, ...]
@@ -74,54 +81,80 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Joint:
-    """``fn(totals, kept, h, loss) -> (kept, factors)``, once per parameter group, in torch operations and float64.
+    """``fn(totals, kept, h) -> (kept, factors)``, once per parameter group, in torch operations and float64.
 
     For sums over all parameters of the model.
 
     Args:
         fn: the function. ``totals`` are the sums of each term over all parameters of all groups, then the number of
-            elements; ``kept`` the group's running scalars (``Recipe.kept``), ``loss`` the mean loss over the
-            data-parallel ranks. All are 0-d, float64, on the device. New scalars are stored only if some rank had a
-            gradient.
+            elements; ``kept`` the group's running scalars (``Recipe.kept``). All are 0-d, float64, on the device. New
+            scalars are stored only if some rank had a gradient. ``h`` is that of one of the group's parameters: use
+            nothing of it that depends on the step.
         n: how many scalars ``factors`` has.
     """
 
-    fn: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    fn: Callable[..., tuple[Any, Any]]
     n: int = 1
 
 
-Given: TypeAlias = Factors | Vectors | Joint
-"""What comes between a Measure and the next stage, and gives the ``c`` of that stage."""
+@dataclass(frozen=True)
+class JointWithLoss(Joint):
+    """``fn(totals, kept, h, loss) -> (kept, factors)``: a :class:`Joint` that needs the batch loss too, the mean over
+    the data-parallel ranks. A step then must be given it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The vector state of the recipe as it is, before a first stage: the factors are the vectors, in order."""
+
+    axes: tuple[Axes, ...]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What ``before`` gives, and then the factor of an update that keeps only what agrees with the gradient.
+
+    It is the number of elements over that of those that agree, which an :class:`Agreement` counted; at most 1,000.
+    """
+
+    before: Factors | Vectors | Joint | Stored | None
+
+
+Given: TypeAlias = Factors | Vectors | Joint | Stored | Agreed
+"""What comes before a stage, and gives its ``c``: mostly what follows from the sums of a Measure before it."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """``rule(p, g, state, h) -> (p, state)``: reads and writes everything in one pass; with ``c`` after a Measure."""
+    """``rule(p, g, state, h) -> (p, state)``: reads and writes everything in one pass; with ``c`` if given any."""
 
     rule: Rule
     given: Given | None = None
+    sums: ClassVar[tuple[Axes, ...]] = ()
+    maxima: ClassVar[tuple[Axes, ...]] = ()
+    writes_parameter: ClassVar[bool] = True
+    writes_state: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Measure:
-    """``rule(p, g, state, h) -> (state, terms)``: writes the state and sums each term; with ``c`` after a Measure.
+    """``rule(p, g, state, h) -> (state, terms)``: writes the state and sums each term; with ``c`` if it is given any.
 
     Args:
         rule: the rule.
         sums: for each term the axes that its sum keeps; ``WHOLE`` for the sum over the whole parameter.
         writes_state: whether the state changes; without, it is not stored.
-        given: what comes before, if this follows another Measure.
+        given: what comes before.
+        maxima: for each further term the axes that its maximum keeps. Terms are >= 0; where there is no gradient the
+            maximum is 0.
     """
 
     rule: Rule
     sums: tuple[Axes, ...]
     writes_state: bool = True
     given: Given | None = None
-
-    @property
-    def terms(self) -> int:
-        """How many terms the rule returns."""
-        return len(self.sums)
+    maxima: tuple[Axes, ...] = ()
+    writes_parameter: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -129,10 +162,77 @@ class Apply:
     """``rule(p, g, state, h, c) -> p``: writes the parameter, reads the state."""
 
     rule: Rule
-    given: Given
+    given: Given | None
+    sums: ClassVar[tuple[Axes, ...]] = ()
+    maxima: ClassVar[tuple[Axes, ...]] = ()
+    writes_parameter: ClassVar[bool] = True
+    writes_state: ClassVar[bool] = False
 
 
-Stage: TypeAlias = Update | Measure | Apply
+@dataclass(frozen=True)
+class Agreement:
+    """Counts the elements that a stage would move against the gradient, and changes nothing."""
+
+    stage: Update | Apply
+    sums: ClassVar[tuple[Axes, ...]] = (WHOLE,)
+    maxima: ClassVar[tuple[Axes, ...]] = ()
+    writes_parameter: ClassVar[bool] = False
+    writes_state: ClassVar[bool] = False
+
+    @property
+    def rule(self) -> Rule:
+        """That of the stage."""
+        return self.stage.rule
+
+    @property
+    def given(self) -> Given | None:
+        """What the stage is given."""
+        return self.stage.given
+
+
+@dataclass(frozen=True)
+class Cautious:
+    """A stage that moves only what it moves against the gradient, by as much more as there are fewer such elements.
+
+    It follows an :class:`Agreement`. What decoupled decay removes before the rule is not part of the move.
+
+    Paper: Liang et al., https://arxiv.org/abs/2411.16085.
+    """
+
+    stage: Update | Apply
+    sums: ClassVar[tuple[Axes, ...]] = ()
+    maxima: ClassVar[tuple[Axes, ...]] = ()
+    writes_parameter: ClassVar[bool] = True
+
+    @property
+    def rule(self) -> Rule:
+        """That of the stage."""
+        return self.stage.rule
+
+    @property
+    def given(self) -> Agreed:
+        """What the stage is given, and the factor."""
+        given = self.stage.given
+        assert not isinstance(given, Agreed)
+        return Agreed(given)
+
+    @property
+    def writes_state(self) -> bool:
+        """As the stage."""
+        return self.stage.writes_state
+
+
+Stage: TypeAlias = Update | Measure | Apply | Agreement | Cautious
+
+
+def measures(stage: Stage) -> bool:
+    """Whether anything is summed, so that an exchange follows."""
+    return bool(stage.sums or stage.maxima)
+
+
+def plain(stage: Stage) -> Update | Measure | Apply:
+    """The stage whose rule runs."""
+    return stage.stage if isinstance(stage, (Agreement, Cautious)) else stage
 
 
 class Decay(Enum):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import oput_dist as oput
+from oput_dist.kernels.stage import JointWithLoss
 
 EXTRA: dict[str, dict[str, Any]] = {  # what puts all state to use
     "sgd": {"momentum": 0.9},
@@ -21,11 +22,11 @@ def _recipes(name: str) -> list[Any]:
 
 
 def _needs_loss(name: str) -> bool:
-    return any("loss_avg" in recipe.kept for recipe in _recipes(name))
+    return any(isinstance(stage.given, JointWithLoss) for recipe in _recipes(name) for stage in recipe.stages)
 
 
 NAMES = [name for name in oput.available() if not _needs_loss(name)]  # for the others see tests/test_momo.py
-NORMS = [name for name in NAMES if any(recipe.measures for recipe in _recipes(name))]
+NORMS = [name for name in NAMES if any(recipe.exchanges for recipe in _recipes(name))]
 """These sum norms, in an order that depends on the backend."""
 SHAPES = [(3, 4), (5,), (), (2, 3, 1, 2)]
 every_optimizer = pytest.mark.parametrize("name", NAMES)

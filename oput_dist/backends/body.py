@@ -8,8 +8,20 @@ from typing import Any, TypeAlias
 import torch
 
 from oput_dist.kernels.language import as_torch, fresh_function
-from oput_dist.kernels.math import passed_on
-from oput_dist.kernels.stage import Apply, Axes, Decay, Factors, Measure, Prologue, Stage, Update
+from oput_dist.kernels.stage import (
+    Agreed,
+    Agreement,
+    Apply,
+    Axes,
+    Cautious,
+    Decay,
+    Factors,
+    Measure,
+    Prologue,
+    Stage,
+    Update,
+    plain,
+)
 
 from .batch import compute_dtype
 
@@ -39,18 +51,29 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
             flat tensors, summed whole.
     """
     rule = as_torch(stage.rule)
-    summed_axes = [_others(axes, ndim) for axes in stage.sums] if isinstance(stage, Measure) else []
+    summed_axes = [_others(axes, ndim) for axes in stage.sums]
+    largest_axes = [_others(axes, ndim) for axes in stage.maxima]
+    inner = plain(stage)
+    takes = inner.given is not None
 
     def total(term: torch.Tensor, axes: Axes | None) -> torch.Tensor:
         if axes is None:
             return term.sum(dtype=torch.float64)
         return term.sum(axes, keepdim=True, dtype=torch.float64) if axes else term.to(torch.float64)
 
+    def largest(term: torch.Tensor, axes: Axes | None) -> torch.Tensor:
+        assert axes is not None
+        return (term.amax(axes, keepdim=True) if axes else term).to(torch.float64)
+
+    def results(terms: Tensors) -> Tensors:
+        if not summed:
+            return tuple(terms)
+        kinds = [(total, axes) for axes in summed_axes] + [(largest, axes) for axes in largest_axes]
+        return tuple(reduce(term, axes) for term, (reduce, axes) in zip(terms, kinds))  # noqa: B905
+
     def factors(c: Any) -> tuple[Tensors, ...]:
         """The last argument of the rule, where it takes one."""
-        if stage.given is None:
-            return ()
-        return (c.unbind() if isinstance(c, torch.Tensor) else c,)
+        return (c.unbind() if isinstance(c, torch.Tensor) else c,) if takes else ()
 
     def prepare(p: torch.Tensor, g: torch.Tensor, decay: torch.Tensor, scale: torch.Tensor | None) -> Tensors:
         compute = compute_dtype(p.dtype)
@@ -61,7 +84,7 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
             g = -g
         if prologue.decay is Decay.L2:
             g = g + decay * p
-        if prologue.decay is Decay.SHRINK and not isinstance(stage, Measure):
+        if prologue.decay is Decay.SHRINK and not isinstance(inner, Measure):
             p = p * decay
         return p, g
 
@@ -81,12 +104,10 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
         decay, *h = row.unbind()
         p_in, g_in = prepare(p, g, decay, scale)
         state_out, terms = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
-        if stage.writes_state:  # type: ignore[union-attr]
+        if stage.writes_state:
             for old, new in zip(state, state_out):  # noqa: B905
                 old.copy_(new)
-        if not summed:
-            return tuple(terms)
-        return tuple(total(term, axes) for term, axes in zip(terms, summed_axes))  # noqa: B905
+        return results(terms)
 
     def apply(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
@@ -94,8 +115,33 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
         p.copy_(rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c)))
         return ()
 
-    template = {Update: update, Measure: measure, Apply: apply}[type(stage)]
-    return fresh_function(template)  # type: ignore[arg-type]
+    def moved(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> tuple[Any, Any, Any, Tensors]:
+        """Parameter and gradient before the rule, the parameter after it, and the new state."""
+        decay, *h = row.unbind()
+        p_in, g_in = prepare(p, g, decay, scale)
+        made = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
+        return (p_in, g_in, *made) if isinstance(inner, Update) else (p_in, g_in, made, ())
+
+    def agreement(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
+        p_in, g_in, p_out, _ = moved(p, g, state, row, scale, c)
+        return results((((p_out - p_in) * g_in < 0).to(p_in.dtype),))
+
+    def cautious(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
+        p_in, g_in, p_out, state_out = moved(p, g, state, row, scale, c[:-1])
+        move = p_out - p_in
+        p.copy_(p_in + torch.where(move * g_in < 0, move * c[-1], 0.0))
+        for old, new in zip(state, state_out):  # noqa: B905
+            old.copy_(new)
+        return ()
+
+    templates: dict[type, Any] = {
+        Update: update,
+        Measure: measure,
+        Apply: apply,
+        Agreement: agreement,
+        Cautious: cautious,
+    }
+    return fresh_function(templates[type(stage)])
 
 
 def _others(axes: Axes, ndim: int | None) -> Axes | None:
@@ -117,5 +163,10 @@ def factors_of(stage: Stage, rows: torch.Tensor, kind: type, sums: torch.Tensor,
         ``[factors, tensors]``
     """
     columns = rows.to(dtype).unbind(1)[1:]
-    rule = stage.given.rule if isinstance(stage.given, Factors) else passed_on
-    return torch.stack(as_torch(rule)(sums.to(dtype).unbind(1), kind(*columns)))
+    values = sums.to(dtype).unbind(1)
+    if isinstance(stage.given, Agreed):
+        given, values, last = stage.given.before, values[:-1], values[-1:]
+    else:
+        given, last = stage.given, ()
+    made = as_torch(given.rule)(values, kind(*columns)) if isinstance(given, Factors) else values
+    return torch.stack([*made, *last])

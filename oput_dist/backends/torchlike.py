@@ -6,12 +6,12 @@ They differ in two choices only: whether small tensors are packed, and how a bod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from oput_dist.kernels.stage import Axes, Measure, Prologue, Stage, Update
+from oput_dist.kernels.stage import Axes, Prologue, Stage, measures
 
 from .batch import Batch, Stack, compute_dtype
 from .body import Body, body_of, factors_of
@@ -46,8 +46,9 @@ class TorchBackend:
         if sums is not None:
             factors = factors_of(stage, batch.scalars.table, batch.scalars.kind, sums, dtype)
         single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
-        out = torch.empty(len(batch.p), stage.terms, dtype=torch.float64, device=rows.device) if isinstance(
-            stage, Measure) else None  # fmt: skip
+        out = None
+        if measures(stage):
+            out = torch.empty(len(batch.p), len(stage.sums), dtype=torch.float64, device=rows.device)
         for i in single:
             self._run_single(stage, batch, i, rows, scale, factors, out)
         for pack in together:
@@ -129,9 +130,12 @@ class TorchBackend:
         if n > 1:
             for number in _changed(stage, len(packed)):
                 torch._foreach_copy_(stack.tensors[number], list(torch.split(packed[number], size)))
-        if not isinstance(stage, Measure):
-            return ()
-        return tuple(_joined(terms, axes) for terms, axes in zip(zip(*made, strict=True), stage.sums, strict=True))
+        by_term = list(zip(*made, strict=True))
+        sums, maxima = by_term[: len(stage.sums)], by_term[len(stage.sums) :]
+        return (
+            *(_joined(terms, axes, torch.sum) for terms, axes in zip(sums, stage.sums, strict=True)),
+            *(_joined(terms, axes, torch.amax) for terms, axes in zip(maxima, stage.maxima, strict=True)),
+        )
 
     def _body(self, stage: Stage, batch: Batch, summed: bool, ndim: int | None = None) -> Body:
         kind = batch.scalars.kind
@@ -148,10 +152,7 @@ class TorchBackend:
 
 def _changed(stage: Stage, count: int) -> list[int]:
     """Which of parameter, gradient and state, ``count`` together, a stage writes."""
-    changed = [] if isinstance(stage, Measure) else [0]
-    if isinstance(stage, Update) or (isinstance(stage, Measure) and stage.writes_state):
-        changed += range(2, count)
-    return changed
+    return [*([0] if stage.writes_parameter else []), *(range(2, count) if stage.writes_state else [])]
 
 
 def _row_ranges(shape: Sequence[int], chunk: int) -> list[tuple[int, int]]:
@@ -165,11 +166,11 @@ def _rows(factor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return factor[:, start:stop] if factor.shape[1] > 1 else factor
 
 
-def _joined(terms: tuple[torch.Tensor, ...], axes: Axes) -> torch.Tensor:
-    """One sum of a stack from those of ranges of the first axis."""
+def _joined(terms: tuple[torch.Tensor, ...], axes: Axes, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """One sum or maximum of a stack from those of ranges of the first axis."""
     if len(terms) == 1:
         return terms[0]
-    return torch.cat(terms, 1) if 0 in axes else torch.stack(terms).sum(0)
+    return torch.cat(terms, 1) if 0 in axes else reduce(torch.stack(terms), 0)
 
 
 class Eager(TorchBackend):
@@ -193,7 +194,7 @@ class Compile(TorchBackend):
         # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.
         # realize_reads_threshold=0 makes Inductor store new moments in the loop that sums the terms; by default it
         # recomputes them in a second one, twice the time. Where nothing is summed it would only split loops.
-        options: dict[str, Any] = {"realize_reads_threshold": 0} if isinstance(stage, Measure) else {}
+        options: dict[str, Any] = {"realize_reads_threshold": 0} if measures(stage) else {}
         compiled = torch.compile(body, dynamic=True, fullgraph=True, options=options)
 
         def one_element_aside(p: Any, *rest: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, segmented_sum
-from oput_dist.kernels.stage import Measure, Stage
+from oput_dist.kernels.stage import Stage
 
 from .batch import Batch, Stack
 from .torchlike import Compile, Eager
@@ -40,7 +40,7 @@ class Triton:
         """See :class:`Backend`."""
         device = batch.p[0].device
         grid = _grid(batch, device)
-        terms = stage.terms if isinstance(stage, Measure) else 0
+        terms = len(stage.sums)
         fixed = constexprs(
             stage,
             batch.prologue,
@@ -53,8 +53,7 @@ class Triton:
         )
         table = _table(batch, device)
         hyper = batch.scalars.table
-        partial = torch.empty(grid.count, terms, dtype=torch.float64, device=device) if isinstance(
-            stage, Measure) else hyper  # fmt: skip
+        partial = torch.empty(grid.count, terms, dtype=torch.float64, device=device) if terms else hyper
         with _on(device):
             grouped[(grid.count,)](
                 table,
@@ -66,7 +65,7 @@ class Triton:
                 **fixed,
                 num_warps=num_warps(torch.version.hip is not None),
             )
-            if not isinstance(stage, Measure):
+            if not terms:
                 return None
             out = torch.empty(len(batch.p), terms, dtype=torch.float64, device=device)
             segmented_sum[(len(batch.p),)](partial, grid.first_tile, out, N_TERMS=terms, BLOCK=BLOCK)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from oput_dist.backends import Batch, Scalars, compute_dtype, send
-from oput_dist.kernels.stage import Axes, Factors, Joint, Vectors
+from oput_dist.kernels.stage import Agreed, Axes, Factors, Given, Joint, JointWithLoss, Vectors
 
 from .recipe import Recipe, vector_shape
 from .slot import Slot
@@ -35,13 +35,13 @@ class Between:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._totals: dict[torch.device, tuple[Boundary, torch.Tensor]] = {}
+        self._totals: dict[int, dict[torch.device, tuple[Boundary, torch.Tensor]]] = {}  # by stage
         self._factors: dict[int, list[tuple[torch.Tensor, int]]] = {}  # slot -> factors of its family, and its place
         self._joint: dict[int, torch.Tensor] = {}  # group -> its factors
 
     def settle(self, number: int, boundary: Boundary, table: torch.Tensor, device: torch.device) -> None:
         """Take the totals of one device after stage ``number``, and make what :class:`Vectors` make of them."""
-        self._totals[device] = (boundary, table)
+        self._totals.setdefault(number, {})[device] = (boundary, table)
         for family in boundary.families.values():
             self._settle_family(number, boundary, table, family)
 
@@ -51,10 +51,11 @@ class Between:
         recipe = family.recipe
         given = recipe.stages[number + 1].given
         assert isinstance(given, Vectors)
-        axes = recipe.sums(number)
-        sums = [boundary.totals(table, family, i, kept) for i, kept in enumerate(axes)]
-        count = boundary.totals(table, family, len(axes), ())
-        step = boundary.totals(table, family, len(axes) + 1, ()) / count.clamp(min=1.0)
+        axes = (*recipe.sums(number), *recipe.maxima(number))
+        sums = [boundary.totals(table, family, *item) for item in zip(family.terms, axes, strict=True)]
+        count, step = (boundary.totals(table, family, item, ()) for item in family.counts)
+        if not family.by_maximum:
+            step = step / count.clamp(min=1.0)
         memories = [self._vectors(family, name, kept) for name, kept in recipe.vectors]
         n, ndim = len(family.slots), len(family.shape)
         old = tuple(
@@ -68,11 +69,23 @@ class Between:
             if after is not before:
                 kept_or_new = torch.where(count > 0, after, before).to(memory[0].dtype)
                 torch._foreach_copy_(memory, list(kept_or_new.view(n, *memory[0].shape).unbind(0)))
-        compute = compute_dtype(family.slots[0].dtype)
-        for factor, kept in zip(factors, given.axes, strict=True):
+        self._keep_factors(family, factors, given.axes)
+
+    def _keep_factors(self, family: Family, factors: Sequence[torch.Tensor], axes: Sequence[Axes]) -> None:
+        compute, n = compute_dtype(family.slots[0].dtype), len(family.slots)
+        for factor, kept in zip(factors, axes, strict=True):
             whole = factor.to(compute).expand(n, *broadcast_shape(family.shape, kept))
             for place, slot in enumerate(family.slots):
                 self._factors.setdefault(slot.index, []).append((whole, place))
+
+    def give_stored(self, families: Sequence[Family]) -> None:
+        """Give first stages the vector state as it is, where they ask for it."""
+        for family in families:
+            vectors = family.recipe.vectors
+            stacked = [torch.stack(self._vectors(family, name, kept)) for name, kept in vectors]
+            shapes = [(len(family.slots), *broadcast_shape(family.shape, kept)) for _, kept in vectors]
+            factors = [memory.view(shape) for memory, shape in zip(stacked, shapes, strict=True)]
+            self._keep_factors(family, factors, [kept for _, kept in vectors])
 
     def _vectors(self, family: Family, name: str, axes: Axes) -> list[torch.Tensor]:
         """The vector state of all members, each rank's copy; of what is frozen, zeros that are not kept."""
@@ -93,16 +106,18 @@ class Between:
             recipes: by number of the parameter group, those with a Joint.
             h: the scalars of those groups.
         """
-        home = next(iter(self._totals))
-        totals = torch.stack([b.rows(t).sum(0).to(home, non_blocking=True) for b, t in self._totals.values()]).sum(0)
+        by_device = self._totals[number]
+        home = next(iter(by_device))
+        totals = torch.stack([b.rows(t).sum(0).to(home, non_blocking=True) for b, t in by_device.values()]).sum(0)
         for group in self._context.model_groups:
             dist.all_reduce(totals, group=group)
-        losses = [loss for b, t in self._totals.values() if (loss := b.loss(t)) is not None]
+        losses = [loss for b, t in by_device.values() if (loss := b.loss(t)) is not None]
         for index, recipe in recipes.items():
             given, entry = recipe.stages[number + 1].given, self._context.real_groups[index]
             assert isinstance(given, Joint)
             old = {name: torch.as_tensor(entry[name], dtype=torch.float64, device=home) for name in recipe.kept}
-            new, factors = given.fn(totals, old, h[index], losses[0])
+            loss = losses[:1] if isinstance(given, JointWithLoss) else []
+            new, factors = given.fn(totals, old, h[index], *loss)
             for name in recipe.kept:
                 entry[name] = torch.where(totals[-1] > 0, new[name], old[name])
             self._joint[index] = torch.stack([torch.as_tensor(f, dtype=torch.float64, device=home) for f in factors])
@@ -111,18 +126,38 @@ class Between:
 
     def table(self, number: int, recipe: Recipe, slots: Sequence[Slot], batch: Batch) -> torch.Tensor | None:
         """What a stage that needs no axes is given: a row for each slot."""
-        given, device = recipe.stages[number].given, slots[0].device
+        return self._rows(recipe.stages[number].given, number, slots, batch)
+
+    def _rows(self, given: Given | None, number: int, slots: Sequence[Slot], batch: Batch) -> torch.Tensor | None:
         if given is None:
             return None
+        if isinstance(given, Agreed):
+            scale = self._agreed(number, slots, batch)
+            before = self._rows(given.before, number - 1, slots, batch)
+            return scale if before is None else torch.cat([before, scale], 1)
         if isinstance(given, Factors):
-            boundary, table = self._totals[device]
-            return table[self._places(("given", number, id(boundary)), boundary, slots, batch)]
+            return self._summed(number, slots, batch)
         if isinstance(given, Joint):
-            groups = sorted({slot.group for slot in slots})
-            rows = torch.stack([self._joint[group] for group in groups]).to(device, non_blocking=True)
-            which = torch.tensor([groups.index(slot.group) for slot in slots], device="cpu")
-            return rows[send(which, device)]
+            return self._joint_rows(slots)
         return torch.stack([torch.stack([f[i].reshape(()) for f, i in self._factors[slot.index]]) for slot in slots])
+
+    def _summed(self, number: int, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
+        """The totals of each slot after the stage before ``number``: each sum, then the number of elements."""
+        device = slots[0].device
+        boundary, table = self._totals[number - 1][device]
+        return table[self._places(("given", number, id(boundary)), boundary, slots, batch)]
+
+    def _agreed(self, number: int, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
+        """``[slots, 1]``: the factor of :class:`Agreed`."""
+        agreeing, elements = self._summed(number, slots, batch).unbind(1)
+        elements = elements.clamp(min=1.0)
+        return (elements / torch.maximum(agreeing, elements * 1e-3)).unsqueeze(1)
+
+    def _joint_rows(self, slots: Sequence[Slot]) -> torch.Tensor:
+        device, groups = slots[0].device, sorted({slot.group for slot in slots})
+        rows = torch.stack([self._joint[group] for group in groups]).to(device, non_blocking=True)
+        which = torch.tensor([groups.index(slot.group) for slot in slots], device="cpu")
+        return rows[send(which, device)]
 
     def _places(self, key: Any, boundary: Boundary, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
         if key not in batch.cache:
@@ -131,18 +166,26 @@ class Between:
         return places
 
     def factors(
-        self, number: int, recipe: Recipe, slots: Sequence[Slot], own: Sequence[Any]
+        self, number: int, recipe: Recipe, slots: Sequence[Slot], own: Sequence[Any], batch: Batch
     ) -> tuple[torch.Tensor, ...]:
-        """What a stage that sees axes is given for boxes that lie alike, at indices ``own``, in slots of one family."""
-        axes = recipe.factors(number)
-        if not axes:
-            return ()
+        """What a stage that sees axes is given for boxes that lie alike, at indices ``own``, in slots of one family.
+
+        Factors of rows and columns, then those of the whole model, then that of :class:`Agreed`.
+        """
+        axes, given = recipe.factors(number), recipe.stages[number].given
         result = []
         for k, kept in enumerate(axes):
             family = self._factors[slots[0].index][k][0]
             rows = [self._factors[slot.index][k][1] for slot in slots]
             whole = family if rows == list(range(len(family))) else family[torch.tensor(rows, device=family.device)]
             result.append(_part(whole, own, kept))
+        scalars = []
+        if isinstance(given.before if isinstance(given, Agreed) else given, Joint):
+            scalars.append(self._joint_rows(slots))
+        if isinstance(given, Agreed):
+            scalars.append(self._agreed(number, slots, batch))
+        compute, ones = compute_dtype(slots[0].dtype), [1] * len(slots[0].layout.shape)
+        result += [column.to(compute).view(-1, *ones) for table in scalars for column in table.unbind(1)]
         return tuple(result)
 
 

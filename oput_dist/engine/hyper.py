@@ -22,6 +22,7 @@ __all__ = [
     "number",
     "optional",
     "positive",
+    "positive_integer",
 ]
 
 Check = Callable[[Any], "str | None"]
@@ -63,6 +64,12 @@ def optional(check: Check) -> Check:
         return None if text is None else f"None or {text}"
 
     return optional_check
+
+
+def positive_integer(value: Any) -> str | None:
+    """1, 2, ..."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return None if ok else "an integer >= 1"
 
 
 def boolean(value: Any) -> str | None:

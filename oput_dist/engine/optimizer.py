@@ -21,7 +21,7 @@ from .model import Model, check_not_replaced
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
 from .saved import FORMAT, FORMAT_KEY, completed
-from .step import Options, Spread, Step
+from .step import Options, Outcome, Spread, Step
 
 __all__ = ["Common", "Optimizer", "Params"]
 
@@ -35,6 +35,8 @@ class Common(TypedDict, total=False):
       Typical values of ``weight_decay`` are then 1e-5 to 1e-4.
     - ``max_lr`` (float > 0): the largest learning rate of the schedule; a group's own initial ``lr`` if not given.
     - ``maximize`` (bool, False): ascend.
+    - ``cautious`` (bool, False): move only elements whose update agrees with the gradient, and those by as much more
+      as they are fewer (https://arxiv.org/abs/2411.16085). One more packed all-reduce a step.
     - ``max_grad_norm`` (float > 0): clip the global gradient norm inside the update; gradients stay as they are.
     - ``backend`` (str): ``"triton"``, ``"compile"``, ``"foreach"`` or ``"eager"``; by default the fastest.
     - ``foreach``, ``triton`` (bool): True takes that backend, False rules it out.
@@ -52,6 +54,7 @@ class Common(TypedDict, total=False):
     decouple_lr: bool
     max_lr: float | None
     maximize: bool
+    cautious: bool
     max_grad_norm: float | None
     foreach: bool | None
     triton: bool | None
@@ -70,6 +73,7 @@ _GROUP_COMMON: dict[str, Check] = {
     "decouple_lr": boolean,
     "max_lr": optional(positive),
     "maximize": boolean,
+    "cautious": boolean,
 }
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -131,6 +135,7 @@ class Optimizer(torch.optim.Optimizer):
             "decouple_lr": common.get("decouple_lr", False),
             "max_lr": common.get("max_lr"),
             "maximize": common.get("maximize", False),
+            "cautious": common.get("cautious", False),
             "optimizer": owner,
             FORMAT_KEY: FORMAT,
         }
@@ -143,6 +148,11 @@ class Optimizer(torch.optim.Optimizer):
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         """The stages and state of the parameters of one global shape in a group. Must not depend on the step."""
 
+    def recipe_of(self, group: Group, shape: Shape) -> Recipe:
+        """The recipe with what the group's common options make of it."""
+        recipe = self.recipe(group, shape)
+        return recipe.cautious() if group["cautious"] else recipe
+
     def validate(self, group: Group) -> None:
         """Raise ValueError for the first hyperparameter of a group that is out of range."""
         owner = type(self).__name__
@@ -153,6 +163,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def check(self, group: Group) -> None:
         """Raise ValueError if the hyperparameters of a group do not go together."""
+
+    def advance(self, group: dict[str, Any]) -> None:
+        """Change what a group keeps from step to step, after a step that counted; on all ranks alike."""
 
     @abstractmethod
     def scalars(self, group: Group, step: int) -> Any:
@@ -227,11 +240,24 @@ class Optimizer(torch.optim.Optimizer):
         unscale = None if scale is None else 1.0 / scale.double()
         spread = self._spread()
         step = Step(
-            plan, self.param_groups, self.state, self.recipe, self.scalars, self._options, first, spread, loss, unscale
+            plan,
+            self.param_groups,
+            self.state,
+            self.recipe_of,
+            self.scalars,
+            self._options,
+            first,
+            spread,
+            loss,
+            unscale,
         )
-        if not step.run():
+        outcome = step.run()
+        if outcome is Outcome.SKIPPED:
             self.skipped += 1
             return loss
+        if outcome is Outcome.DONE:
+            for group in self.param_groups:
+                self.advance(group)
         self._begun = True
         return loss
 
@@ -251,7 +277,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _sums(self, group: Group, shape: Shape) -> bool:
         """Whether the update of a parameter of a shape needs sums over it."""
-        return self._options.max_grad_norm is not None or self.recipe(group, shape).measures
+        return self._options.max_grad_norm is not None or self.recipe_of(group, shape).exchanges > 0
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict. A parameter without state has an empty entry, so that it shows if one was lost."""

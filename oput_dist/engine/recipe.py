@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
-from oput_dist.kernels.stage import Axes, Decay, Factors, Joint, Measure, Prologue, Stage, Vectors
+from oput_dist.kernels.stage import (
+    Agreement,
+    Apply,
+    Axes,
+    Cautious,
+    Decay,
+    Factors,
+    Joint,
+    Prologue,
+    Stage,
+    Stored,
+    Update,
+    Vectors,
+    measures,
+)
 
 __all__ = ["Group", "Recipe", "Shape", "decay_rate", "decay_scalar", "prologue_of", "vector_shape"]
 
@@ -39,30 +53,45 @@ class Recipe:
     kept: tuple[str, ...] = ()
 
     def sums(self, number: int) -> tuple[Axes, ...]:
-        """What a stage measures: for each sum the axes that it keeps."""
-        stage = self.stages[number] if number < len(self.stages) else None
-        return stage.sums if isinstance(stage, Measure) else ()
+        """What a stage sums: for each sum the axes that it keeps."""
+        return self.stages[number].sums if number < len(self.stages) else ()
+
+    def maxima(self, number: int) -> tuple[Axes, ...]:
+        """What a stage takes the maximum of, likewise."""
+        return self.stages[number].maxima if number < len(self.stages) else ()
+
+    def measures(self, number: int) -> bool:
+        """Whether an exchange between ranks follows a stage."""
+        return number < len(self.stages) and measures(self.stages[number])
 
     def factors(self, number: int) -> tuple[Axes, ...]:
-        """The factors that a stage is given by :class:`Vectors` before it: the axes that each keeps."""
-        given = [stage.given for stage in self.stages[: number + 1]]
-        return tuple(axes for g in given if isinstance(g, Vectors) for axes in g.axes)
+        """The factors of rows and columns that a stage is given, by it and earlier ones: the axes that each keeps."""
+        given = [stage.given for stage in self.stages[: number + 1] if not isinstance(stage, Cautious)]
+        return tuple(axes for g in given if isinstance(g, (Vectors, Stored)) for axes in g.axes)
 
     def width(self, number: int) -> int:
         """How many scalars of each parameter a stage is given, if it is given scalars only."""
-        given = self.stages[number].given
-        if isinstance(given, Factors):
+        stage = self.stages[number]
+        if isinstance(stage, Cautious):
+            return self.width(number - 1) + 1
+        if isinstance(stage.given, Factors):
             return len(self.sums(number - 1)) + 1
-        return given.n if isinstance(given, Joint) else len(self.factors(number))
+        return stage.given.n if isinstance(stage.given, Joint) else len(self.factors(number))
 
     def boxed(self, number: int) -> bool:
         """Whether a stage must see a parameter's axes, since it sums over some of them or is given vectors."""
-        return any(self.sums(number)) or any(self.factors(number))
+        return any(self.sums(number)) or bool(self.maxima(number)) or any(self.factors(number))
 
     @property
-    def measures(self) -> bool:
-        """Whether anything is summed."""
-        return any(isinstance(stage, Measure) for stage in self.stages)
+    def exchanges(self) -> int:
+        """How often ranks exchange sums in a step."""
+        return sum(measures(stage) for stage in self.stages)
+
+    def cautious(self) -> Recipe:
+        """The recipe that moves only what its last stage would move against the gradient."""
+        last = self.stages[-1]
+        assert isinstance(last, (Update, Apply))
+        return replace(self, stages=(*self.stages[:-1], Agreement(last), Cautious(last)))
 
 
 def vector_shape(shape: Shape, axes: Axes) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule, gather_pieces
-from oput_dist.kernels.stage import Joint, Prologue, Vectors
+from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors
 
 from .between import Between
 from .norm import clip_factor, power_table
@@ -19,9 +20,9 @@ from .plan import Plan
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
 from .slot import Slot
 from .stacks import stacks_of
-from .sums import Boundary
+from .sums import Boundary, Family
 
-__all__ = ["Options", "Step"]
+__all__ = ["Options", "Outcome", "Spread", "Step"]
 
 State = MutableMapping[torch.Tensor, dict[str, Any]]
 Active = Sequence[tuple[Slot, torch.Tensor]]
@@ -36,6 +37,14 @@ class Options:
     state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+
+
+class Outcome(Enum):
+    """What became of a step."""
+
+    DONE = "done"
+    SKIPPED = "a gradient was not finite"
+    REHEARSED = "it only created state"
 
 
 @dataclass(frozen=True)
@@ -111,16 +120,14 @@ class Step:
                 made[key] = self._kinds.index(kind)
             self._kind.append(made[key])
 
-    def run(self) -> bool:
-        """Run it: checks first, so that nothing has changed when one of them raises.
-
-        Returns:
-            False if the step was skipped because a gradient was not finite.
-        """
+    def run(self) -> Outcome:
+        """Run it: checks first, so that nothing has changed when one of them raises."""
         self._plan.settle_gradients()
         slots = [slot for slot in self._plan.slots if updated(slot)]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
-        gradients = self._without_rehearsal(gradients)
+        rehearsed = self._rehearsal(gradients)
+        if rehearsed:
+            gradients = []
         present = [slot for slot, _ in gradients]
         for device in {slot.device for slot in present}:
             choose(self._options.backends, device, 0)
@@ -128,14 +135,14 @@ class Step:
         self._check_loss(present)
         scale = self._scale(active)
         if scale is None:
-            return False
+            return Outcome.SKIPPED
         state = {slot: self._state_of(slot) for slot in present}
         self._steps = dict(zip(present, self._plan.next_counts(present, self.state), strict=True))
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
         self._run_stages(buckets)
         self._finish(buckets)
-        return True
+        return Outcome.REHEARSED if rehearsed else Outcome.DONE
 
     def recipe_of(self, slot: Slot) -> Recipe:
         """How a slot is updated."""
@@ -146,26 +153,26 @@ class Step:
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
         if self._loss is None and any(
-            isinstance(s.given, Joint) for slot in present for s in self.recipe_of(slot).stages
+            isinstance(s.given, JointWithLoss) for slot in present for s in self.recipe_of(slot).stages
         ):
             raise ValueError("this optimizer needs the batch loss: call step(loss=loss) or step(closure)")
 
-    def _without_rehearsal(self, gradients: list[tuple[Slot, torch.Tensor]]) -> list[tuple[Slot, torch.Tensor]]:
-        """Make state, and drop from the step, what is only asked to create its state.
+    def _rehearsal(self, gradients: Active) -> bool:
+        """Whether this step is only asked to create state; then it is made, and no gradient may count.
 
         ``torch.distributed.checkpoint`` creates state by a step with zero gradients at lr 0. Were it counted, training
         would go on with another bias correction. So a first step at lr 0 counts only if some gradient is not zero;
         all ranks know that it is the first and see the same lr, hence take part in the one reduction that this takes.
         """
         if not self._first or any(group["lr"] != 0 for group in self._groups):
-            return gradients
+            return False
         for slot in self._plan.slots:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
                 self._state_of(slot)
                 self._vectors_of(slot)
                 self.state[slot.parameter]["step"] = self._plan.counter(slot)
         tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
-        return gradients if any(bool((table != 0).any()) for table in tables.values()) else []
+        return not any(bool((table != 0).any()) for table in tables.values())
 
     def _vectors_of(self, slot: Slot) -> list[torch.Tensor]:
         return [
@@ -247,6 +254,7 @@ class Step:
     def _run_stages(self, buckets: Sequence[_Bucket]) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
         between = Between(self)
+        between.give_stored(self._families_of_stored())
         for number in range(max((len(recipe.stages) for recipe, _ in self._kinds), default=0)):
             boundaries = self._boundaries(number)
             tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
@@ -258,6 +266,20 @@ class Step:
                 boundary.reduce(tables[device])
                 between.settle(number, boundary, tables[device], device)
             self._settle_jointly(number, between)
+
+    def _families_of_stored(self) -> list[Family]:
+        """Slots whose first stage is given their vector state, those of one recipe and shape together."""
+        key = ("stored", tuple(self._kind), tuple(self._kinds))
+        if key not in self._plan.memo:
+            families: dict[Any, Family] = {}
+            for slot in self._plan.slots:
+                recipe = self.recipe_of(slot)
+                if isinstance(recipe.stages[0].given, Stored):
+                    family = families.setdefault((recipe, slot.layout.shape), Family(recipe, slot.layout.shape))
+                    family.slots.append(slot)
+            self._plan.memo[key] = list(families.values())
+        known: list[Family] = self._plan.memo[key]
+        return known
 
     def _settle_jointly(self, number: int, between: Between) -> None:
         recipes, h = {}, {}
@@ -273,13 +295,15 @@ class Step:
         """What is exchanged after a stage, on each device; nothing where nothing is."""
         key = ("boundary", number, tuple(self._kind), tuple(self._kinds), self._spread)
         if key not in self._plan.memo:
-            joint = any(
-                isinstance(recipe.stages[number + 1].given, Joint) for recipe, _ in self._kinds if recipe.sums(number)
+            with_loss = any(
+                isinstance(recipe.stages[number + 1].given, JointWithLoss)
+                for recipe, _ in self._kinds
+                if recipe.sums(number)
             )
             made: dict[torch.device, Boundary] = {}
             for device in self._plan.devices:
                 slots = [slot for slot in self._plan.slots if slot.device == device]
-                boundary = Boundary(slots, self.recipe_of, number, self._spread.data if joint and not made else None)
+                boundary = Boundary(slots, self.recipe_of, number, self._spread.data if with_loss and not made else None)
                 if not boundary.empty:
                     made[device] = boundary
             self._plan.memo[key] = made
@@ -309,16 +333,17 @@ class Step:
         backend = choose(self._options.backends, device, bucket.numel)
         if recipe.boxed(number):
             stacks = stacks_of(bucket.batch, bucket.slots)
-            given = [between.factors(number, recipe, stack.slots, stack.index) for stack in stacks]
+            given = [between.factors(number, recipe, stack.slots, stack.index, bucket.batch) for stack in stacks]
             made = [stack.with_factors(factors) for stack, factors in zip(stacks, given, strict=True)]
             sums = backend.run_stacks(stage, bucket.batch, made)
             for stack, terms in zip(stacks, sums, strict=True):
-                for i, (axes, term) in enumerate(zip(recipe.sums(number), terms, strict=False)):
+                kept = (*recipe.sums(number), *recipe.maxima(number))
+                for i, (axes, term) in enumerate(zip(kept, terms, strict=True)):
                     boundaries[device].add(tables[device], stack.slots, i, axes, stack.index, term)
             result = None
         else:
             result = backend.run(stage, bucket.batch, between.table(number, recipe, bucket.slots, bucket.batch))
-        if recipe.sums(number):
+        if recipe.measures(number):
             counted = self._counts(number, bucket)
             values = counted if result is None else torch.cat([result, counted], 1)
             tables[device][self._places(number, bucket, boundaries[device])[:, -values.shape[1] :]] = values
@@ -340,7 +365,8 @@ class Step:
         if not isinstance(bucket.recipe.stages[number + 1].given, Vectors):
             return elements
         steps = send(torch.tensor(bucket.steps, dtype=torch.float64, device="cpu").unsqueeze(1), device)
-        return torch.cat([elements, elements * steps], 1)
+        weight = elements if bucket.recipe.sums(number) else 1.0  # sums add up over ranks, maxima do not
+        return torch.cat([elements, weight * steps], 1)
 
     def _finish(self, buckets: Sequence[_Bucket]) -> None:
         """Write back pieces that are not dense, and gather what is partitioned."""

@@ -31,8 +31,12 @@ class Family:
     recipe: Recipe
     shape: torch.Size
     slots: list[Slot] = field(default_factory=list)
-    items: list[int] = field(default_factory=list)
-    """Numbers of the items of each term, of the element count and of the step counts."""
+    terms: list[int] = field(default_factory=list)
+    """Numbers of the items of each sum, then of each maximum."""
+    counts: list[int] = field(default_factory=list)
+    """Numbers of the items of the element counts and of the step counts."""
+    by_maximum: bool = False
+    """Whether counts are exchanged as maxima, since nothing is summed."""
 
 
 class Boundary:
@@ -52,29 +56,42 @@ class Boundary:
         number: int,
         loss_groups: tuple[dist.ProcessGroup, ...] | None = None,
     ) -> None:
-        self._items: list[tuple[tuple[dist.ProcessGroup, ...], int]] = []
+        self._sums: list[tuple[tuple[dist.ProcessGroup, ...], int]] = []
+        self._maxima: list[tuple[tuple[dist.ProcessGroup, ...], int]] = []
+        self._sizes: list[int] = []
+        self._order: list[tuple[bool, int]] = []  # item -> whether a maximum, and place among those of its kind
         self.families: dict[tuple[object, ...], Family] = {}
         self._rows: dict[int, int] = {}  # slot -> item
         self._members: dict[int, tuple[Family, int]] = {}  # slot -> family and place in it
-        self._number = number
         for slot in slots:
             recipe = recipe_of(slot)
-            if not recipe.sums(number):
+            if not recipe.measures(number):
                 continue
             if isinstance(recipe.stages[number + 1].given, Vectors):
                 self._add_member(slot, recipe)
             else:
                 self._rows[slot.index] = self._item(slot.layout.groups, len(recipe.sums(number)) + 1)
         for family in self.families.values():
-            terms = [torch.Size(broadcast_shape(family.shape, axes)).numel() for axes in family.recipe.sums(number)]
-            groups, n = family.slots[0].layout.groups, len(family.slots)
-            family.items = [self._item(groups, n * size) for size in (*terms, 1, 1)]
+            self._add_items(family, number)
         self._loss = None if loss_groups is None or not self._rows else self._item(loss_groups, 1)
-        self._schedule = Schedule.of(self._items)
+        self._schedule, self._largest = Schedule.of(self._sums), Schedule.of(self._maxima)
+        both = {False: (self._schedule, 0), True: (self._largest, self._schedule.size)}
+        self._starts = [both[maximum][0].starts[i] + both[maximum][1] for maximum, i in self._order]
 
-    def _item(self, groups: tuple[dist.ProcessGroup, ...], size: int) -> int:
-        self._items.append((groups, size))
-        return len(self._items) - 1
+    def _item(self, groups: tuple[dist.ProcessGroup, ...], size: int, maximum: bool = False) -> int:
+        items = self._maxima if maximum else self._sums
+        self._order.append((maximum, len(items)))
+        self._sizes.append(size)
+        items.append((groups, size))
+        return len(self._order) - 1
+
+    def _add_items(self, family: Family, number: int) -> None:
+        groups, n, recipe = family.slots[0].layout.groups, len(family.slots), family.recipe
+        for maximum, terms in ((False, recipe.sums(number)), (True, recipe.maxima(number))):
+            sizes = [n * torch.Size(broadcast_shape(family.shape, axes)).numel() for axes in terms]
+            family.terms += [self._item(groups, size, maximum) for size in sizes]
+        family.by_maximum = not recipe.sums(number)
+        family.counts = [self._item(groups, n, family.by_maximum) for _ in range(2)]
 
     def _add_member(self, slot: Slot, recipe: Recipe) -> None:
         key = (recipe, slot.layout.shape, slot.layout.groups)
@@ -85,15 +102,16 @@ class Boundary:
     @property
     def empty(self) -> bool:
         """Whether nothing is summed here."""
-        return not self._items
+        return not self._order
 
     def zeros(self, device: torch.device) -> torch.Tensor:
         """A table: what has no gradient adds nothing."""
-        return torch.zeros(self._schedule.size, dtype=torch.float64, device=device)
+        return torch.zeros(self._schedule.size + self._largest.size, dtype=torch.float64, device=device)
 
     def reduce(self, table: torch.Tensor) -> None:
-        """Add it up over all ranks, one all-reduce for each process group."""
-        packed_sum(table, self._schedule)
+        """Add it up over all ranks, one all-reduce for each process group; and one more where there are maxima."""
+        packed_sum(table[: self._schedule.size], self._schedule)
+        packed_sum(table[self._schedule.size :], self._largest, maximum=True)
 
     def places(self, slots: Sequence[Slot], device: torch.device) -> torch.Tensor:
         """``[slots, values]``: where the totals of each slot lie: each term, then the count of elements, and for
@@ -102,12 +120,11 @@ class Boundary:
         return send(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
 
     def _place(self, slot: Slot) -> list[int]:
-        starts = self._schedule.starts
         if slot.index in self._rows:
             item = self._rows[slot.index]
-            return list(range(starts[item], starts[item] + self._items[item][1]))
+            return list(range(self._starts[item], self._starts[item] + self._sizes[item]))
         family, place = self._members[slot.index]
-        return [starts[item] + place for item in family.items]
+        return [self._starts[item] + place for item in (*family.terms, *family.counts)]
 
     def place(self, slot: Slot) -> int:
         """The place of a slot among the members of its family."""
@@ -116,32 +133,34 @@ class Boundary:
     def add(
         self, table: torch.Tensor, slots: Sequence[Slot], term: int, axes: Axes, own: Sequence[Any], sums: torch.Tensor
     ) -> None:
-        """Add one sum of boxes that lie alike in slots of one shape and spread, at the indices ``own``."""
+        """Add one sum (or maximum) of boxes that lie alike in slots of one shape and spread, at the indices ``own``."""
         if slots[0].index in self._rows:
             assert axes == WHOLE
             for slot, value in zip(slots, sums.view(-1).unbind(0), strict=True):
-                table[self._schedule.starts[self._rows[slot.index]] + term] += value
+                table[self._starts[self._rows[slot.index]] + term] += value
             return
-        totals = self.totals(table, self._members[slots[0].index][0], term, axes)
+        family = self._members[slots[0].index][0]
+        totals = self.totals(table, family, family.terms[term], axes)
         index = tuple(ix if axis in axes else slice(None) for axis, ix in enumerate(own))
         rows = [self.place(slot) for slot in slots]
+        maximum = self._order[family.terms[term]][0]
         if rows == list(range(rows[0], rows[0] + len(rows))):
-            totals[rows[0] : rows[0] + len(rows)][(slice(None),) + index] += sums  # noqa: RUF005 - Python 3.10
+            parts = [(totals[rows[0] : rows[0] + len(rows)], (slice(None), *index), sums)]
         else:
-            for row, one in zip(rows, sums.unbind(0), strict=True):
-                totals[row][index] += one
+            parts = [(totals[row], index, one) for row, one in zip(rows, sums.unbind(0), strict=True)]
+        for part, where, new in parts:
+            part[where] = torch.maximum(part[where], new) if maximum else part[where] + new
 
-    def totals(self, table: torch.Tensor, family: Family, number: int, axes: Axes) -> torch.Tensor:
-        """``[slots, *axes]``: one sum of all members of a family."""
-        start = self._schedule.starts[family.items[number]]
-        size = self._items[family.items[number]][1]
+    def totals(self, table: torch.Tensor, family: Family, item: int, axes: Axes) -> torch.Tensor:
+        """``[slots, *axes]``: one item of all members of a family."""
+        start, size = self._starts[item], self._sizes[item]
         return table[start : start + size].view(len(family.slots), *broadcast_shape(family.shape, axes))
 
     def rows(self, table: torch.Tensor) -> torch.Tensor:
         """``[slots, terms + 1]``: the totals of all slots that are in no family."""
-        starts = self._schedule.starts
-        return torch.stack([table[starts[i] : starts[i] + self._items[i][1]] for i in self._rows.values()])
+        starts = self._starts
+        return torch.stack([table[starts[i] : starts[i] + self._sizes[i]] for i in self._rows.values()])
 
     def loss(self, table: torch.Tensor) -> torch.Tensor | None:
         """Where the loss lies, 0-d; None if there is none."""
-        return None if self._loss is None else table[self._schedule.starts[self._loss]]
+        return None if self._loss is None else table[self._starts[self._loss]]

@@ -12,6 +12,7 @@ from .lion import *
 from .momo import *
 from .registry import OPTIMIZERS, available, create
 from .sgd import *
+from .sm3 import *
 from .stableadamw import *
 
 __all__ = [*(cls.__name__ for cls in OPTIMIZERS.values()), "available", "create"]

@@ -1,20 +1,25 @@
-"""Momo: momentum with a step size that follows from the loss."""
+"""Momo and MomoAdam: momentum with a step size that follows from the loss."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import boolean, fraction, number
-from oput_dist.kernels.language import rule
-from oput_dist.kernels.math import lerp
-from oput_dist.kernels.stage import WHOLE, Apply, Joint, Measure
+from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate
+from oput_dist.engine.hyper import betas as pair
+from oput_dist.engine.hyper import boolean, fraction, nonnegative, number
+from oput_dist.kernels.language import rule, tl
+from oput_dist.kernels.math import adam_moments, lerp
+from oput_dist.kernels.stage import WHOLE, Apply, Decay, JointWithLoss, Measure
 
-__all__ = ["Momo"]
+from .jointly import Jointly
+
+__all__ = ["Momo", "MomoAdam"]
 
 
 class MomoScalars(NamedTuple):
@@ -29,6 +34,22 @@ class MomoScalars(NamedTuple):
     use_fstar: float
 
 
+class MomoAdamScalars(NamedTuple):
+    lr: float
+    beta: float
+    """The first moment's, which the averages of the loss have too."""
+    weight1: float
+    weight2: float
+    root: float
+    """One over the square root of the second moment's bias correction."""
+    eps: float
+    shrink: float
+    """One over what proximal decay divides the parameter by."""
+    lower_bound: float
+    bias_correction: float
+    use_fstar: float
+
+
 @rule
 def momo_average(p, g, state, h):
     (d,) = state
@@ -37,7 +58,7 @@ def momo_average(p, g, state, h):
 
 
 def momo_step(totals: Any, kept: Any, h: Any, loss: Any) -> tuple[Any, Any]:
-    """The step size from the model of the loss: ``min(lr / rho, max(gap, 0) / |d|^2)``."""
+    """The step size from the model of the loss: ``min(lr / rho, max(gap, 0) / d_d)``."""
     p_d, d_d, g_p, _numel = totals.unbind()
     count = kept["updates"] + 1
     plain_first = (count == 1) & (h.bias_correction == 0)
@@ -66,7 +87,56 @@ def momo_apply(p, g, state, h, c):
     return (p - tau * d) * h.shrink
 
 
-class Momo(Optimizer):
+@rule
+def momo_adam_direction(m, v, h):
+    return m / (tl.sqrt(v) * h.root + h.eps)
+
+
+@rule
+def momo_adam_moments(p, g, state, h):
+    m, v = state
+    m, v = adam_moments(g, m, v, h)
+    return (m, v), (p * m, m * momo_adam_direction(m, v, h), g * p)
+
+
+@rule
+def momo_adam_apply(p, g, state, h, c):
+    m, v = state
+    (tau,) = c
+    return p - tau * momo_adam_direction(m, v, h)
+
+
+@rule
+def momo_adam_prox(p, g, state, h, c):
+    m, v = state
+    (tau,) = c
+    return (p - tau * momo_adam_direction(m, v, h)) * h.shrink
+
+
+class _NeedsLoss(Jointly):
+    """What Momo and MomoAdam have in common."""
+
+    def running(self, group: Group) -> dict[str, float]:
+        return {"updates": 0.0, "loss_avg": 0.0, "dot_avg": 0.0}
+
+    def complete(self, group: dict[str, Any]) -> None:
+        super().complete(group)
+        group.setdefault("fstar", torch.tensor(float(group["lb"]), dtype=torch.float64))
+
+    def step(self, closure: Callable[[], Any] | None = None, loss: torch.Tensor | float | None = None) -> Any:
+        """Take one step, see :meth:`Optimizer.step`.
+
+        Args:
+            closure: computes the loss anew, with gradients; called once, and what it returns is the loss.
+            loss: the mean loss of this rank's share of the batch, in place of a closure.
+
+        Raises:
+            ValueError: without either.
+        """
+        return self.run(closure, loss)
+
+
+class Momo(_NeedsLoss):
     r"""Momo: momentum whose step is as long as the loss, and a lower bound of it, say that it should be.
 
     .. math::
@@ -86,7 +156,8 @@ class Momo(Optimizer):
 
     Args:
         params: parameters, groups, named parameters, or a module.
-        lr: the largest step :math:`\eta \ge 0`. Default 1.
+        lr: the largest step :math:`\eta \ge 0`. Default 1. At 1e-2 or less, nearly every step is the largest: then it
+            is SGD with momentum, and a warning says so.
         weight_decay: :math:`\lambda \ge 0`. Default 0.
         beta: :math:`\beta` in [0, 1). Default 0.9.
         lb: a lower bound :math:`f^*` of the loss. Default 0.
@@ -99,6 +170,9 @@ class Momo(Optimizer):
 
     Sharding class G: one packed all-reduce a step. State: 4 bytes per parameter (fp32), and four scalars that are kept
     in the parameter groups.
+
+    When: models that SGD trains well, where the learning rate should need little search and a lower bound of the loss
+    is known. Start: ``lr=1.0``, ``beta=0.9``.
 
     Paper: Schaipp et al., https://arxiv.org/abs/2305.07583.
     """
@@ -123,16 +197,18 @@ class Momo(Optimizer):
             "lb": lb,
             "bias_correction": bias_correction,
             "use_fstar": use_fstar,
-            "updates": torch.zeros((), dtype=torch.float64),
-            "loss_avg": torch.zeros((), dtype=torch.float64),
-            "dot_avg": torch.zeros((), dtype=torch.float64),
-            "fstar": torch.tensor(lb if isinstance(lb, (int, float)) else 0.0, dtype=torch.float64),
         }
         super().__init__(params, defaults, common)
+        if isinstance(lr, float) and 0 < lr <= 1e-2:
+            warnings.warn(
+                f"Momo: lr={lr!r} is the largest step, and so small a one that nearly every step will be it, as in SGD "
+                "with momentum: write lr=1.0",
+                stacklevel=2,
+            )
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
-        stages = (Measure(momo_average, (WHOLE,) * 3), Apply(momo_apply, Joint(momo_step)))
-        return Recipe(stages, ("exp_avg",), kept=("updates", "loss_avg", "dot_avg", "fstar"))
+        stages = (Measure(momo_average, (WHOLE,) * 3), Apply(momo_apply, JointWithLoss(momo_step)))
+        return Recipe(stages, ("exp_avg",), kept=(*self.running(group), "fstar"))
 
     def scalars(self, group: Group, step: int) -> Any:
         plain_first = step == 1 and not group["bias_correction"]
@@ -146,14 +222,84 @@ class Momo(Optimizer):
             use_fstar=float(group["use_fstar"]),
         )
 
-    def step(self, closure: Callable[[], Any] | None = None, loss: torch.Tensor | float | None = None) -> Any:
-        """Take one step, see :meth:`Optimizer.step`.
 
-        Args:
-            closure: computes the loss anew, with gradients; called once, and what it returns is the loss.
-            loss: the mean loss of this rank's share of the batch, in place of a closure.
+class MomoAdam(_NeedsLoss):
+    r"""MomoAdam: Adam whose step is as long as the loss, and a lower bound of it, say that it should be.
 
-        Raises:
-            ValueError: without either.
-        """
-        return self.run(closure, loss)
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+        D_t = \sqrt{v_t / (1 - \beta_2^t)} + \epsilon \\
+        \bar f_t &= \beta_1 \bar f_{t-1} + (1 - \beta_1) f_t, \qquad
+        \gamma_t = \beta_1 \gamma_{t-1} + (1 - \beta_1) \langle g_t, p_{t-1} \rangle, \qquad
+        \rho_t = 1 - \beta_1^t \\
+        \tau_t &= \min\Bigl(\frac{\eta}{\rho_t},
+            \frac{\max\bigl(A (\bar f_t - \rho_t f^* - \gamma_t) + \langle p_{t-1}, m_t \rangle, 0\bigr)}
+            {\langle m_t, m_t / D_t \rangle}\Bigr), \qquad A = 1 + \eta\lambda \\
+        p_t &= (p_{t-1} - \tau_t m_t / D_t) / A
+
+    All averages begin with zero. Without ``divide``, decay comes first, as in AdamW:
+    :math:`p_t = (1 - \eta\lambda) p_{t-1} - \tau_t m_t / D_t`. Inner products run over all parameters of all groups,
+    whatever their sharding; each group's own learning rate is the cap of its step, and each group has its own
+    :math:`f^*`.
+
+    ``step`` needs the batch loss, as that of :class:`Momo` does.
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: the largest step :math:`\eta \ge 0`. Default 1e-2.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1). Default (0.9, 0.999).
+        eps: :math:`\epsilon \ge 0`. Default 1e-8.
+        weight_decay: :math:`\lambda \ge 0`. Default 0.
+        lb: a lower bound :math:`f^*` of the loss. Default 0.
+        divide: proximal decay, after the update; False to decay before it. Default True.
+        use_fstar: estimate :math:`f^*` on the way, never below ``lb``. Default False.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range, or a step without the loss.
+
+    Sharding class G: one packed all-reduce a step. State: 8 bytes per parameter (fp32), and four scalars that are kept
+    in the parameter groups.
+
+    When: in place of Adam, where the learning rate should need little search; give a rate that is too large rather
+    than too small. Start: ``lr=1e-2``, ``betas=(0.9, 0.999)``.
+
+    Paper: Schaipp et al., https://arxiv.org/abs/2305.07583.
+    """
+
+    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "lb": number, "divide": boolean, "use_fstar": boolean}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        lb: float = 0.0,
+        divide: bool = True,
+        use_fstar: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "lb": lb, "divide": divide, "use_fstar": use_fstar}, common)
+
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
+        rule, decay = (momo_adam_prox, Decay.NONE) if group["divide"] else (momo_adam_apply, Decay.SHRINK)
+        stages = (Measure(momo_adam_moments, (WHOLE,) * 3), Apply(rule, JointWithLoss(momo_step)))
+        return Recipe(stages, ("exp_avg", "exp_avg_sq"), decay, kept=(*self.running(group), "fstar"))
+
+    def scalars(self, group: Group, step: int) -> Any:
+        beta1, beta2 = group["betas"]
+        return MomoAdamScalars(
+            lr=group["lr"],
+            beta=beta1,
+            weight1=1 - beta1,
+            weight2=1 - beta2,
+            root=1 / math.sqrt(1 - beta2**step),
+            eps=group["eps"],
+            shrink=1 / (1 + decay_rate(group)),
+            lower_bound=group["lb"],
+            bias_correction=1.0,
+            use_fstar=float(group["use_fstar"]),
+        )

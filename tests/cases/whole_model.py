@@ -6,6 +6,7 @@ from tests.conformance import FAST, Case
 from tests.parity import Oracle
 
 CASES = [
+    Case("momo cautious", "oput_dist.Momo", {"lr": 1.0, "cautious": True}, FAST, exact=False, partly=False, loss=True),
     Case("momo", "oput_dist.Momo", {"lr": 1.0}, FAST, exact=False, partly=False, loss=True),
 ]
 
