@@ -136,7 +136,8 @@ def scaled_on_ranks(layout: str) -> tuple[list[float], list[Tensor], int]:
         fully_shard(module)
     elif layout == "fsdp1":
         wrapped = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
-        scaler = ShardedGradScaler("cpu", init_scale=64.0, growth_interval=2)
+        # its default group is the one that was there when torch's module was imported: in these workers an old one
+        scaler = ShardedGradScaler("cpu", init_scale=64.0, growth_interval=2, process_group=dist.group.WORLD)
     else:
         wrapped = DistributedDataParallel(module)
     options = {"shard_group": dist.group.WORLD} if layout == "zero1" else {}
