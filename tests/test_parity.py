@@ -21,7 +21,7 @@ def test_equals_its_oracle(row: Oracle) -> None:
 
 def test_every_optimizer_has_an_oracle() -> None:
     compared = {row.ours.__name__.lower() for row in ORACLES}
-    assert compared | {"momo"} >= set(oput.available())  # tests/test_momo.py
+    assert compared | {"momo", "momoadam"} >= set(oput.available())  # tests/test_momo.py, tests/test_momoadam.py
 
 
 def test_each_groups_own_lr_is_the_default_of_max_lr() -> None:

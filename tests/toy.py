@@ -12,7 +12,28 @@ import oput_dist as oput
 from oput_dist.kernels.stage import JointWithLoss
 
 EXTRA: dict[str, dict[str, Any]] = {  # what puts all state to use
+    "adabelief": {"amsgrad": True, "rectify": False},
+    "adabound": {"amsbound": True},
+    "adamod": {"beta3": 0.5},
+    "mars": {"optimize_1d": True},
+    "rmsprop": {"momentum": 0.9, "centered": True},
+    "ranger": {"k": 2},
+    "rangeradabelief": {"k": 2},
+    "rangerqh": {"k": 2},
+    "rangerva": {"k": 2},
     "sgd": {"momentum": 0.9},
+    "sgdw": {"momentum": 0.9},
+    "novograd": {"amsgrad": True},
+    "apollo": {"warmup": 0},
+    "a2gradexp": {"beta": 0.3},
+    "a2gradinc": {"beta": 0.3},
+    "a2graduni": {"beta": 0.3},
+    "amos": {"momentum": 0.9},
+    "lars": {"trust_coeff": 0.5},
+    "swats": {"amsgrad": True, "betas": (0.8, 0.9), "tolerance": 0.3},
+    "sgdp": {"momentum": 0.9, "delta": 10.0},
+    "dadaptadam": {"d0": 1.0},  # else the steps would be too small to see
+    "prodigy": {"d0": 1.0},
 }
 
 

@@ -116,8 +116,8 @@ class Between:
             given, entry = recipe.stages[number + 1].given, self._context.real_groups[index]
             assert isinstance(given, Joint)
             old = {name: torch.as_tensor(entry[name], dtype=torch.float64, device=home) for name in recipe.kept}
-            loss = losses[:1] if isinstance(given, JointWithLoss) else []
-            new, factors = given.fn(totals, old, h[index], *loss)
+            more = losses[:1] if isinstance(given, JointWithLoss) else []
+            new, factors = given.fn(totals, old, h[index], *more)
             for name in recipe.kept:
                 entry[name] = torch.where(totals[-1] > 0, new[name], old[name])
             self._joint[index] = torch.stack([torch.as_tensor(f, dtype=torch.float64, device=home) for f in factors])
@@ -137,9 +137,15 @@ class Between:
             return scale if before is None else torch.cat([before, scale], 1)
         if isinstance(given, Factors):
             return self._summed(number, slots, batch)
+        known = [[f[i].reshape(()) for f, i in self._factors.get(slot.index, ())] for slot in slots]
         if isinstance(given, Joint):
-            return self._joint_rows(slots)
-        return torch.stack([torch.stack([f[i].reshape(()) for f, i in self._factors[slot.index]]) for slot in slots])
+            joint = self._joint_rows(slots)
+            return (
+                torch.cat([torch.stack([torch.stack(row) for row in known]).to(joint.dtype), joint], 1)
+                if known[0]
+                else joint
+            )
+        return torch.stack([torch.stack(row) for row in known])
 
     def _summed(self, number: int, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
         """The totals of each slot after the stage before ``number``: each sum, then the number of elements."""

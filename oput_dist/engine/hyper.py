@@ -18,11 +18,14 @@ __all__ = [
     "fraction",
     "nearest",
     "nonnegative",
+    "nonnegative_integer",
     "nonpositive",
     "number",
+    "one_of",
     "optional",
     "positive",
     "positive_integer",
+    "share",
 ]
 
 Check = Callable[[Any], "str | None"]
@@ -54,6 +57,7 @@ positive = _between(0.0, math.inf, True, "a finite number > 0")
 nonpositive = _between(-math.inf, 5e-324, True, "a finite number <= 0")
 number = _between(-math.inf, math.inf, True, "a finite number")
 fraction = _between(0.0, 1.0, False, "a number in [0, 1)")
+share = _between(0.0, math.nextafter(1.0, 2.0), True, "a number in (0, 1]")
 
 
 def optional(check: Check) -> Check:
@@ -70,6 +74,17 @@ def positive_integer(value: Any) -> str | None:
     """1, 2, ..."""
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     return None if ok else "an integer >= 1"
+
+
+def nonnegative_integer(value: Any) -> str | None:
+    """0, 1, 2, ..."""
+    return None if value == 0 and not isinstance(value, bool) else positive_integer(value) and "an integer >= 0"
+
+
+def one_of(*words: str | None) -> Check:
+    """One of some words, or None if it is among them."""
+    text = " or ".join(map(repr, words))
+    return lambda value: None if (value is None or isinstance(value, str)) and value in words else text
 
 
 def boolean(value: Any) -> str | None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from oput_dist.backends import BACKENDS, check_backend
+from oput_dist.kernels.stage import Update
 from oput_dist.layout import clean_name, is_flattened
 
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive
@@ -20,6 +21,7 @@ from .load import load_state_dict
 from .model import Model, check_not_replaced
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
+from .rewrite import rewrite
 from .saved import FORMAT, FORMAT_KEY, completed
 from .step import Options, Outcome, Spread, Step
 
@@ -260,6 +262,11 @@ class Optimizer(torch.optim.Optimizer):
                 self.advance(group)
         self._begun = True
         return loss
+
+    @torch.no_grad()
+    def rewrite(self, stage: Update, names: tuple[str, ...], scalars: Mapping[int, Any]) -> None:
+        """Rewrite the parameters of some groups from their state, see :func:`oput_dist.engine.rewrite.rewrite`."""
+        rewrite(self._current_plan(), self.state, self._options.backends, stage, names, scalars)
 
     def _spread(self) -> Spread:
         model, data = self._model_group, self._data_group

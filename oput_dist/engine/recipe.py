@@ -76,7 +76,7 @@ class Recipe:
             return self.width(number - 1) + 1
         if isinstance(stage.given, Factors):
             return len(self.sums(number - 1)) + 1
-        return stage.given.n if isinstance(stage.given, Joint) else len(self.factors(number))
+        return len(self.factors(number)) + (stage.given.n if isinstance(stage.given, Joint) else 0)
 
     def boxed(self, number: int) -> bool:
         """Whether a stage must see a parameter's axes, since it sums over some of them or is given vectors."""

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, compute_dtype, send
-from oput_dist.collectives import Schedule, gather_pieces
+from oput_dist.collectives import Schedule
 from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors
 
 from .between import Between
+from .finish import finish, updated
 from .norm import clip_factor, power_table
 from .plan import Plan
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
@@ -141,7 +142,7 @@ class Step:
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
         self._run_stages(buckets)
-        self._finish(buckets)
+        finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
 
     def recipe_of(self, slot: Slot) -> Recipe:
@@ -303,7 +304,9 @@ class Step:
             made: dict[torch.device, Boundary] = {}
             for device in self._plan.devices:
                 slots = [slot for slot in self._plan.slots if slot.device == device]
-                boundary = Boundary(slots, self.recipe_of, number, self._spread.data if with_loss and not made else None)
+                boundary = Boundary(
+                    slots, self.recipe_of, number, self._spread.data if with_loss and not made else None
+                )
                 if not boundary.empty:
                     made[device] = boundary
             self._plan.memo[key] = made
@@ -367,25 +370,3 @@ class Step:
         steps = send(torch.tensor(bucket.steps, dtype=torch.float64, device="cpu").unsqueeze(1), device)
         weight = elements if bucket.recipe.sums(number) else 1.0  # sums add up over ranks, maxima do not
         return torch.cat([elements, weight * steps], 1)
-
-    def _finish(self, buckets: Sequence[_Bucket]) -> None:
-        """Write back pieces that are not dense, and gather what is partitioned."""
-        for bucket in buckets:
-            for slot, values in zip(bucket.slots, bucket.batch.p, strict=True):
-                if not slot.in_place:
-                    slot.store(values)
-        gathered: dict[Any, list[Slot]] = {}
-        for slot in self._plan.slots:
-            if slot.layout.gather_group is not None and updated(slot):
-                gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
-        for (group, _), slots in gathered.items():
-            gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)
-
-
-def updated(slot: Slot) -> bool:
-    """Whether a parameter takes part in steps at all.
-
-    What is gathered must be known on all ranks alike, so a frozen parameter that is partitioned is left alone, even if
-    a gradient from before it was frozen is still there.
-    """
-    return slot.layout.gather_group is None or slot.parameter.requires_grad

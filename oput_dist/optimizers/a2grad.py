@@ -75,7 +75,30 @@ def a2grad_exp(sums: Any, vectors: Any, h: A2GradScalars) -> tuple[Any, Any]:
     return (average, v), (_length(h, step, (step * v).sqrt()),)
 
 
-class A2GradUni(Optimizer):
+class A2Grad(Optimizer):
+    """What the three have in common."""
+
+    checks: ClassVar = {"beta": nonnegative, "lips": positive}
+    length: ClassVar[Callable[..., Any]]
+    averages: ClassVar[tuple[str, ...]] = ("v_k",)
+
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
+        stages = (Measure(a2grad_mean, (WHOLE,)), Update(a2grad, Vectors(self.length, (WHOLE,))))
+        return Recipe(stages, ("x_k", "avg_grad"), Decay.L2, tuple((name, WHOLE) for name in self.averages))
+
+    def scalars(self, group: Group, step: int) -> Any:
+        return A2GradScalars(
+            beta=group["beta"],
+            lips=group["lips"],
+            rho=group.get("rho", 0.0),
+            first=float(step == 1),
+            weight=1 / step,
+            before=2 / (step + 1),
+            share=2 / (step + 2),
+        )
+
+
+class A2GradUni(A2Grad):
     r"""A2Grad with uniform averages.
 
     .. math::
@@ -110,9 +133,7 @@ class A2GradUni(Optimizer):
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """
 
-    checks: ClassVar = {"beta": nonnegative, "lips": positive}
-    noise: ClassVar[Callable[..., Any]] = staticmethod(a2grad_uni)
-    averages: ClassVar[tuple[str, ...]] = ("v_k",)
+    length: ClassVar = staticmethod(a2grad_uni)
 
     def __init__(
         self,
@@ -124,21 +145,6 @@ class A2GradUni(Optimizer):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "lips": lips, "weight_decay": weight_decay}, common)
-
-    def recipe(self, group: Group, shape: Shape) -> Recipe:
-        stages = (Measure(a2grad_mean, (WHOLE,)), Update(a2grad, Vectors(self.noise, (WHOLE,))))
-        return Recipe(stages, ("x_k", "avg_grad"), Decay.L2, tuple((name, WHOLE) for name in self.averages))
-
-    def scalars(self, group: Group, step: int) -> Any:
-        return A2GradScalars(
-            beta=group["beta"],
-            lips=group["lips"],
-            rho=group.get("rho", 0.0),
-            first=float(step == 1),
-            weight=1 / step,
-            before=2 / (step + 1),
-            share=2 / (step + 2),
-        )
 
 
 class A2GradInc(A2GradUni):
@@ -165,10 +171,10 @@ class A2GradInc(A2GradUni):
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """
 
-    noise: ClassVar[Callable[..., Any]] = staticmethod(a2grad_inc)
+    length: ClassVar = staticmethod(a2grad_inc)
 
 
-class A2GradExp(A2GradUni):
+class A2GradExp(A2Grad):
     r"""A2Grad with exponential averages: :class:`A2GradUni` with
 
     .. math::
@@ -197,9 +203,9 @@ class A2GradExp(A2GradUni):
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """
 
-    checks: ClassVar = {**A2GradUni.checks, "rho": fraction}
-    noise: ClassVar[Callable[..., Any]] = staticmethod(a2grad_exp)
-    averages: ClassVar[tuple[str, ...]] = ("v_kk", "v_k")
+    checks: ClassVar = {**A2Grad.checks, "rho": fraction}
+    length: ClassVar = staticmethod(a2grad_exp)
+    averages: ClassVar = ("v_kk", "v_k")
 
     def __init__(
         self,
@@ -212,4 +218,4 @@ class A2GradExp(A2GradUni):
         **common: Unpack[Common],
     ) -> None:
         defaults = {"lr": lr, "beta": beta, "lips": lips, "rho": rho, "weight_decay": weight_decay}
-        Optimizer.__init__(self, params, defaults, common)
+        super().__init__(params, defaults, common)

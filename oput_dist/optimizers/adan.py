@@ -64,6 +64,12 @@ def of_old_values(betas: Any) -> Any:
     return old
 
 
+class AdanCommon(Common, total=False):
+    """What optimi calls ``no_prox``."""
+
+    adam_wd: bool
+
+
 class Adan(Optimizer):
     r"""Adan. Betas are the weights of the **old** value, as in the authors' code.
 
@@ -83,7 +89,8 @@ class Adan(Optimizer):
             they are taken as weights of the new value, converted, and a warning says so.
         eps: :math:`\epsilon \ge 0`. Default 1e-8.
         weight_decay: :math:`\lambda \ge 0`. Default 0; the paper uses 0.02.
-        no_prox: decay before the update in place of the proximal form. Default False.
+        no_prox: decay before the update in place of the proximal form. Default False. Also taken under the name
+            ``adam_wd``.
         **common: see :class:`oput_dist.engine.Common`; the paper clips by ``max_grad_norm``.
 
     Raises:
@@ -104,15 +111,17 @@ class Adan(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         no_prox: bool = False,
-        **common: Unpack[Common],
+        **common: Unpack[AdanCommon],
     ) -> None:
-        betas = of_old_values(betas)
+        betas, no_prox = of_old_values(betas), common.pop("adam_wd", False) or no_prox
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
         super().__init__(params, defaults, common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict) and "betas" in param_group:
             param_group["betas"] = of_old_values(param_group["betas"])
+        if isinstance(param_group, dict) and "adam_wd" in param_group:
+            param_group["no_prox"] = param_group.pop("adam_wd")
         super().add_param_group(param_group)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:

@@ -35,7 +35,7 @@ def is_centralized(group: Group, shape: Shape) -> bool:
 
 
 def centralized(group: Group, shape: Shape, plain: Rule, centred: Rule) -> tuple[Stage, ...]:
-    """The stages of an update by ``plain``; by ``centred``, whose ``c`` are the means, where gradients are centralised."""
+    """The stages of an update by ``plain``; where gradients are centralised, by ``centred`` with the means as ``c``."""
     if not is_centralized(group, shape):
         return (Update(plain),)
     means = Vectors(row_means(math.prod(shape[1:])), ((0,),))

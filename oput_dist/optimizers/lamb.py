@@ -62,7 +62,7 @@ def lamb_apply(p, g, state, h, c):
 
 
 class Lamb(Optimizer):
-    r"""LAMB, with bias correction, as in NVIDIA's and timm's implementations.
+    r"""LAMB, by default with bias correction, as in NVIDIA's and timm's implementations.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
@@ -80,6 +80,8 @@ class Lamb(Optimizer):
         weight_decay: :math:`\lambda \ge 0`, inside the scaled update; with ``decouple_lr`` outside of it. Default 0.
         clamp: the largest parameter norm :math:`c > 0` that counts; the paper's code had 10. Default None: no limit.
         always_adapt: use the trust ratio without weight decay too. Default False.
+        bias_correction: divide the moments by :math:`1 - \beta^t`. The rule of 2019, in the paper's first code, is
+            ``bias_correction=False, clamp=10.0, always_adapt=True``. Default True.
         **common: see :class:`oput_dist.engine.Common`; other implementations clip by ``max_grad_norm=1.0``.
 
     Raises:
@@ -95,6 +97,7 @@ class Lamb(Optimizer):
         "eps": nonnegative,
         "clamp": optional(positive),
         "always_adapt": boolean,
+        "bias_correction": boolean,
     }
 
     def __init__(
@@ -106,6 +109,7 @@ class Lamb(Optimizer):
         weight_decay: float = 0.0,
         clamp: float | None = None,
         always_adapt: bool = False,
+        bias_correction: bool = True,
         **common: Unpack[Common],
     ) -> None:
         defaults = {
@@ -115,6 +119,7 @@ class Lamb(Optimizer):
             "weight_decay": weight_decay,
             "clamp": clamp,
             "always_adapt": always_adapt,
+            "bias_correction": bias_correction,
         }
         super().__init__(params, defaults, common)
 
@@ -128,8 +133,8 @@ class Lamb(Optimizer):
             lr=group["lr"],
             weight1=1 - beta1,
             weight2=1 - beta2,
-            correct1=1 / (1 - beta1**step),
-            root=1 / math.sqrt(1 - beta2**step),
+            correct1=1 / (1 - beta1**step) if group["bias_correction"] else 1.0,
+            root=1 / math.sqrt(1 - beta2**step) if group["bias_correction"] else 1.0,
             eps=group["eps"],
             weight_decay=0.0 if group["decouple_lr"] else group["weight_decay"],
             clamp=math.inf if group["clamp"] is None else group["clamp"],

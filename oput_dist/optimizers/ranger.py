@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
 
 from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
 from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, number, positive_integer
+from oput_dist.engine.hyper import boolean, nonnegative, number, positive_integer
 from oput_dist.kernels.language import Rule, rule, tl
 from oput_dist.kernels.math import adam_moments, lerp, lookahead
 from oput_dist.kernels.stage import Decay
 
+from .advice import warn_once
 from .centralize import centralized
 from .scalars import lookahead_scalars, rectification
 
@@ -75,7 +75,7 @@ def threshold(value: Any) -> str | None:
 
 def share(value: Any) -> str | None:
     """A number in [0, 1]."""
-    return None if fraction(value) is None or value == 1 else "a number in [0, 1]"
+    return None if number(value) is None and 0 <= value <= 1 else "a number in [0, 1]"
 
 
 class RangerCommon(Common, total=False):
@@ -241,10 +241,11 @@ class RangerAdaBelief(Ranger):
     rules: ClassVar[tuple[Rule, Rule]] = (ranger_belief, ranger_belief_centred)
     l2_first: ClassVar[bool] = True
 
-    def check(self, group: Group) -> None:
-        if group["eps"] > 1e-5:
-            warnings.warn(
-                f"RangerAdaBelief: eps={group['eps']!r} is added to the second moment at every step, which leaves little "
-                "of the adaptation: write eps=1e-8 for vision models, eps=1e-16 for language models",
-                stacklevel=4,
-            )
+    def complete(self, group: dict[str, Any]) -> None:
+        super().complete(group)
+        warn_once(
+            self,
+            lambda group: group["eps"] > 1e-5,
+            f"eps={group['eps']!r} is added to the second moment at every step, which leaves little of the adaptation: "
+            "write eps=1e-8 for vision models, eps=1e-16 for language models",
+        )

@@ -5,7 +5,8 @@
   (``tests/test_parity.py``).
 """
 
-from tests.cases import elementwise, norms, rows, whole_model
+from tests.cases import adam_like, elementwise, momentum, norms, rows, schedules, whole_model
 
-CASES = [*elementwise.CASES, *norms.CASES, *rows.CASES, *whole_model.CASES]
-ORACLES = [*elementwise.ORACLES, *norms.ORACLES, *rows.ORACLES, *whole_model.ORACLES]
+_TABLES = (elementwise, adam_like, momentum, norms, rows, whole_model, schedules)
+CASES = [case for table in _TABLES for case in table.CASES]
+ORACLES = [oracle for table in _TABLES for oracle in table.ORACLES]

@@ -1,0 +1,37 @@
+"""The end of whatever wrote parameters: pieces that are not dense are written back, partitioned ones gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from oput_dist.collectives import gather_pieces
+
+from .plan import Plan
+from .slot import Slot
+
+__all__ = ["finish", "updated"]
+
+
+def finish(plan: Plan, written: Iterable[tuple[Slot, torch.Tensor]]) -> None:
+    """Store what was written to flat copies, and gather what is partitioned: on all ranks, whatever they wrote."""
+    for slot, values in written:
+        if not slot.in_place:
+            slot.store(values)
+    gathered: dict[Any, list[Slot]] = {}
+    for slot in plan.slots:
+        if slot.layout.gather_group is not None and updated(slot):
+            gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
+    for (group, _), slots in gathered.items():
+        gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)
+
+
+def updated(slot: Slot) -> bool:
+    """Whether a parameter takes part in steps at all.
+
+    What is gathered must be known on all ranks alike, so a frozen parameter that is partitioned is left alone, even if
+    a gradient from before it was frozen is still there.
+    """
+    return slot.layout.gather_group is None or slot.parameter.requires_grad

@@ -1,0 +1,89 @@
+"""AdaMod: Adam whose learning rates may not exceed their own average."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+from typing_extensions import Unpack
+
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
+from oput_dist.engine.hyper import betas as pair
+from oput_dist.engine.hyper import fraction, nonnegative
+from oput_dist.kernels.language import rule, tl
+from oput_dist.kernels.math import adam_moments, at_most, lerp
+from oput_dist.kernels.stage import Decay, Update
+
+__all__ = ["AdaMod"]
+
+
+class AdaModScalars(NamedTuple):
+    lr: float
+    """With both bias corrections."""
+    weight1: float
+    weight2: float
+    weight3: float
+    eps: float
+
+
+@rule
+def adamod(p, g, state, h):
+    m, v, average = state
+    m, v = adam_moments(g, m, v, h)
+    lr = h.lr / (tl.sqrt(v) + h.eps)
+    average = lerp(average, lr, h.weight3)
+    return p - at_most(lr, average) * m, (m, v, average)
+
+
+class AdaMod(Optimizer):
+    r"""AdaMod: each element's learning rate is at most its long-term average, which begins at zero: a warm-up.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+        \eta_t = \frac{\eta \sqrt{1 - \beta_2^t}}{(1 - \beta_1^t)(\sqrt{v_t} + \epsilon)} \\
+        e_t &= \beta_3 e_{t-1} + (1 - \beta_3) \eta_t, \qquad
+        p_t = (1 - \eta\lambda) p_{t-1} - \min(\eta_t, e_t)\, m_t
+
+    Args:
+        params: parameters, groups, named parameters, or a module.
+        lr: learning rate :math:`\eta \ge 0`. Default 1e-3.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1). Default (0.9, 0.999).
+        beta3: decay rate :math:`\beta_3` in [0, 1) of the average of learning rates; the warm-up takes some
+            :math:`1 / (1 - \beta_3)` steps. Default 0.999.
+        eps: :math:`\epsilon \ge 0`. Default 1e-8.
+        weight_decay: decoupled, :math:`\lambda \ge 0`. Default 0.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Sharding class E: no communication. State: 12 bytes per parameter (fp32).
+
+    When: where Adam needs a warm-up, such as transformers: it has one built in.
+    Start: ``lr=2e-3``, ``betas=(0.9, 0.99)``, ``beta3=0.95``.
+
+    Paper: Ding et al., https://arxiv.org/abs/1910.12249.
+    """
+
+    checks: ClassVar = {"betas": pair(2), "beta3": fraction, "eps": nonnegative}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        beta3: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "beta3": beta3, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, common)
+
+    def recipe(self, group: Group, shape: Shape) -> Recipe:
+        return Recipe((Update(adamod),), ("exp_avg", "exp_avg_sq", "exp_avg_lr"), Decay.SHRINK)
+
+    def scalars(self, group: Group, step: int) -> Any:
+        beta1, beta2 = group["betas"]
+        lr = group["lr"] * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        return AdaModScalars(lr, 1 - beta1, 1 - beta2, 1 - group["beta3"], group["eps"])
