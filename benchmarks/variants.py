@@ -191,8 +191,8 @@ RULE_TRAFFIC = {
     "apollo_products": (4, 0),  # g, m, b, d ->
     "apollo_products decay=l2": (5, 0),
     "apollo": (5, 4),  # p, g, m, b, d -> p, m, b, d
-    "apollo_curvature": (4, 3),  # g, m, b, d -> m, b, d
-    "apollo_stable": (4, 4),  # p, m, b, d -> p, m, b, d
+    "apollo_curvature": (2, 0),  # b, d ->
+    "apollo_stable": (5, 4),
     "swats_moments": (3, 2),  # g, m, v -> m, v
     "swats_moments decay=l2": (4, 2),
     "swats_moments_amsgrad": (4, 3),
@@ -212,6 +212,15 @@ RULE_TRAFFIC = {
     "dadapt_moments decay=l2": (5, 3),
     "dadapt_apply": (3, 1),
     "square_terms": (1, 0),
+}
+
+ROOTED = {  # state that comes from square roots
+    "rangerqh": ("slow_buffer",),
+    "rangerva": ("slow_buffer",),
+    "adamod": ("exp_avg_lr",),
+    "adopt": ("exp_avg",),
+    "laprop": ("exp_avg",),
+    "rmsprop": ("momentum_buffer",),
 }
 
 

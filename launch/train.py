@@ -1,6 +1,7 @@
 """Train a small byte-level GPT with any optimizer of the suite: torchrun --nproc-per-node 2 launch/train.py --help."""
 
 import dataclasses
+import inspect
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer:
     if options.parallel == "zero1":
         arguments["shard_group"] = dist.group.WORLD
     try:
+        known = inspect.signature(oput.lookup(options.optimizer)).parameters
+        if "num_iterations" in known and not {"num_iterations", "num_epochs"} & arguments.keys():
+            arguments["num_iterations"] = options.steps  # a schedule of its own needs the length of the run
         return oput.create(options.optimizer, model, **arguments)
     except (ValueError, TypeError) as e:
         raise UsageError(str(e)) from e
@@ -115,8 +119,17 @@ class Trainer:
             total += loss.detach()
         return total
 
-    @torch.no_grad()
     def held_out_loss(self) -> Tensor:
+        """That of the weights that the optimizer would leave, which for schedule-free ones are not those it trains."""
+        if not isinstance(self.optimizer, oput.ScheduleFree):
+            return self._held_out_loss()
+        self.optimizer.eval()
+        loss = self._held_out_loss()
+        self.optimizer.train()
+        return loss
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> Tensor:
         """Over sequences spread evenly over the held-out text. All ranks make the same number of forward passes."""
         options, grid, text = self.options, self.grid, self.corpus.held_out
         count = options.eval_sequences

@@ -19,11 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
-import oput_dist as oput
 from tests.conformance import on_grid
 from tests.layouts import Weights
 from tests.pool import Pool
-from tests.toy import NAMES, NORMS
+from tests.toy import NAMES, NORMS, create
 
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (7, 5), "vector": (11,), "short": (2, 3), "conv": (4, 3, 2, 2)}
 HALF, ALL = 3, 6
@@ -31,13 +30,12 @@ HALF, ALL = 3, 6
 
 def make(name: str, module: nn.Module, **options: Any) -> torch.optim.Optimizer:
     """Two groups, and all state in use."""
-    extra = {"momentum": 0.9} if name == "sgd" else {}
     parameters = dict(module.named_parameters())
     groups = [
         {"params": [p for k, p in parameters.items() if k != "vector"]},
         {"params": [parameters["vector"]], "lr": 0.3, "weight_decay": 0.0},
     ]
-    return oput.create(name, groups, lr=0.1, weight_decay=0.1, **extra, **options)
+    return create(name, groups, lr=0.1, weight_decay=0.1, **options)
 
 
 def build(layout: str, name: str, lr: float | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:

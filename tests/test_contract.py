@@ -15,6 +15,7 @@ import oput_dist as oput
 from tests.toy import (
     NAMES,
     NORMS,
+    create,
     every_optimizer,
     largest_difference,
     make,
@@ -305,7 +306,7 @@ def test_parameters_may_move(name: str) -> None:
 def test_names_and_creation() -> None:
     assert {"adam", "adamw", "adan", "lamb", "lion", "sgd", "stableadamw"} <= set(NAMES)
     for name in NAMES:
-        optimizer = oput.create(name.upper(), parameters())
+        optimizer = create(name.upper(), parameters())
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert type(optimizer).__name__.lower() == name
         assert type(optimizer) is getattr(oput, type(optimizer).__name__)

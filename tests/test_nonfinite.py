@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import oput_dist as oput
 from tests.pool import Pool
-from tests.toy import every_optimizer, make, parameters, same, tensors, walk
+from tests.toy import create, every_optimizer, make, parameters, same, tensors, walk
 
 BAD = (math.nan, math.inf, -math.inf)
 
@@ -59,7 +59,7 @@ def one_bad_rank(name: str, kind: str) -> tuple[list[list[float]], int, bool, fl
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     params = [nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)], src_data_rank=None)) for _ in "ab"]
-    optimizer = oput.create(name, params, lr=0.1, skip_nonfinite=True)
+    optimizer = create(name, params, lr=0.1, skip_nonfinite=True)
     for turn in range(2):
         for p in params:
             p.grad = distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)], src_data_rank=None)

@@ -17,9 +17,16 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import oput_dist as oput
 from tests.layouts import Weights
 from tests.pool import Pool
-from tests.toy import NAMES
+from tests.toy import NAMES, create
 
-BOUNDARIES = {"adafactor": 2, "adamp": 1, "lamb": 1, "stableadamw": 1}  # with one all-reduce each
+BOUNDARIES = {  # with one all-reduce each
+    "adafactor": 2,
+    "adamp": 1,
+    "dadaptadam": 1,
+    "lamb": 1,
+    "prodigy": 1,
+    "stableadamw": 1,
+}
 MANY, COUNT = 300, 30  # parameters: where their number is the point, and elsewhere
 
 
@@ -45,7 +52,7 @@ def trained(layout: str, name: str, count: int = COUNT, **options: Any) -> torch
     else:
         options["shard_group"] = dist.group.WORLD
     module({f"p{i}": torch.randn(shape) for i, shape in enumerate(shapes(count))}).backward()
-    return oput.create(name, module, weight_decay=0.1, **options)
+    return create(name, module, weight_decay=0.1, **options)
 
 
 def count_steps(
@@ -122,7 +129,7 @@ def measure_state(layout: str, names: list[str]) -> dict[str, tuple[int, int, in
     for name in names:
         sharded = trained(layout, name)
         sharded.step()
-        plain = oput.create(name, [torch.randn(shape, requires_grad=True) for shape in shapes(COUNT)])
+        plain = create(name, [torch.randn(shape, requires_grad=True) for shape in shapes(COUNT)])
         for p in plain.param_groups[0]["params"]:
             p.grad = torch.ones_like(p)
         plain.step()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import oput_dist as oput
+from oput_dist.optimizers import OPTIMIZERS
 from tests.parity import train
-from tests.toy import EXTRA
+from tests.toy import create
 
 SNIPPETS: list[tuple[str, dict[str, Any]]] = [  # of the README of oput, in its order
     # SophiaG (an estimate of the curvature), SAM and Lookahead (wrappers) and Shampoo (whole matrices): later issues.
@@ -219,10 +220,10 @@ ALIASES = {"Ranger": ("N_sma_threshhold",), "RangerVA": ("n_sma_threshhold",)}
 
 
 def test_defaults_do_not_warn() -> None:
-    for name in oput.available():
+    for name in OPTIMIZERS:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            oput.create(name, [nn.Parameter(torch.zeros(2))], **EXTRA.get(name, {}))
+            create(name, [nn.Parameter(torch.zeros(2))])
 
 
 def test_optimis_adam_wd_is_no_prox() -> None:

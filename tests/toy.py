@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 import oput_dist as oput
 from oput_dist.kernels.stage import JointWithLoss
+from oput_dist.optimizers import OPTIMIZERS
 
 EXTRA: dict[str, dict[str, Any]] = {  # what puts all state to use
     "adabelief": {"amsgrad": True, "rectify": False},
     "adabound": {"amsbound": True},
     "adamod": {"beta3": 0.5},
     "mars": {"optimize_1d": True},
+    "ranger21": {"num_iterations": 100, "num_warmup_iterations": 2, "lookahead_mergetime": 2},
     "rmsprop": {"momentum": 0.9, "centered": True},
     "ranger": {"k": 2},
     "rangeradabelief": {"k": 2},
@@ -37,8 +39,13 @@ EXTRA: dict[str, dict[str, Any]] = {  # what puts all state to use
 }
 
 
+def create(name: str, params: Any, **options: Any) -> oput.Optimizer:
+    """The optimizer with all its state in use, and its own defaults."""
+    return oput.create(name, params, **{**EXTRA.get(name.lower(), {}), **options})
+
+
 def _recipes(name: str) -> list[Any]:
-    optimizer = oput.create(name, [torch.zeros(1)], **EXTRA.get(name, {}))
+    optimizer = create(name, [torch.zeros(1)])
     return [optimizer.recipe(optimizer.param_groups[0], shape) for shape in ((3,), (3, 4))]
 
 
@@ -46,7 +53,7 @@ def _needs_loss(name: str) -> bool:
     return any(isinstance(stage.given, JointWithLoss) for recipe in _recipes(name) for stage in recipe.stages)
 
 
-NAMES = [name for name in oput.available() if not _needs_loss(name)]  # for the others see tests/test_momo.py
+NAMES = [name for name in OPTIMIZERS if not _needs_loss(name)]  # for the others see tests/test_momo.py
 NORMS = [name for name in NAMES if any(recipe.exchanges for recipe in _recipes(name))]
 """These sum norms, in an order that depends on the backend."""
 SHAPES = [(3, 4), (5,), (), (2, 3, 1, 2)]
@@ -63,8 +70,8 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def make(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    """The optimizer with all its state in use."""
-    return oput.create(name, params, **{"lr": 0.05, "weight_decay": 0.1, **EXTRA.get(name, {}), **options})
+    """The optimizer with all its state in use, and both learning rate and decay."""
+    return create(name, params, **{"lr": 0.05, "weight_decay": 0.1, **options})
 
 
 def walk(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> list[Tensor]:

@@ -30,13 +30,14 @@ from .momo import *
 from .nadam import *
 from .novograd import *
 from .pid import *
+from .presets import PRESETS as PRESETS
 from .prodigy import *
 from .qh import *
 from .radam import *
 from .ranger import *
-from .rangerva import *
 from .ranger21 import *
-from .registry import OPTIMIZERS, available, create
+from .rangerva import *
+from .registry import OPTIMIZERS, available, create, lookup
 from .rmsprop import *
 from .schedulefree import *
 from .sgd import *
@@ -47,4 +48,4 @@ from .stableadamw import *
 from .swats import *
 from .yogi import *
 
-__all__ = [*(cls.__name__ for cls in OPTIMIZERS.values()), "available", "create"]
+__all__ = [*(cls.__name__ for cls in OPTIMIZERS.values()), "ScheduleFree", "available", "create", "lookup"]

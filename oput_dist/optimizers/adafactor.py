@@ -139,6 +139,8 @@ class Adafactor(Optimizer):
     Sharding class R: two packed all-reduces a step. State of an R x C matrix: R + C values in fp32, the same on all
     ranks; of a vector 4 bytes per parameter.
 
+    When: memory is scarce: a matrix keeps one value for each row and column. Start: ``lr=0.05``.
+
     Paper: Shazeer and Stern, https://arxiv.org/abs/1804.04235.
     """
 

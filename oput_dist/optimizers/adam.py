@@ -65,6 +65,8 @@ class Adam(Optimizer):
 
     Sharding class E: no communication. State: 8 bytes per parameter (fp32), with amsgrad 12.
 
+    When: the reference for most others; with decay rather AdamW. Start: ``lr=3e-3``.
+
     Paper: Kingma & Ba, https://arxiv.org/abs/1412.6980; amsgrad: Reddi et al., https://arxiv.org/abs/1904.09237.
     """
 
@@ -112,6 +114,8 @@ class AdamW(Adam):
         ValueError: for a value out of range.
 
     Sharding class E: no communication. State: 8 bytes per parameter (fp32), with amsgrad 12.
+
+    When: the default for transformers. Start: ``lr=3e-3``, ``weight_decay=0.01``.
 
     Paper: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101.
     """

@@ -123,6 +123,8 @@ class AdamP(Optimizer):
 
     Sharding class R: one packed all-reduce a step. State: 8 bytes per parameter (fp32).
 
+    When: networks with normalisation after most weights, mostly vision. Start: ``lr=3e-3``, ``weight_decay=0.01``.
+
     Paper: Heo et al., https://arxiv.org/abs/2006.08217.
     """
 

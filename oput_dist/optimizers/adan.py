@@ -98,6 +98,9 @@ class Adan(Optimizer):
 
     Sharding class E: no communication (one all-reduce with ``max_grad_norm``). State: 16 bytes per parameter (fp32).
 
+    When: vision and language models with learning rates of five to ten times AdamW's. Start: ``lr=5e-3``,
+    ``betas=(0.98, 0.92, 0.99)``.
+
     Paper: Xie et al., https://arxiv.org/abs/2208.06677.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar, NamedTuple
 
 from typing_extensions import Unpack
@@ -12,6 +11,8 @@ from oput_dist.engine.hyper import fraction, nonnegative, one_of, optional, posi
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least
 from oput_dist.kernels.stage import WHOLE, Decay, Factors, Given, Measure, Stage, Update, Vectors
+
+from .advice import warn_once
 
 __all__ = ["Apollo"]
 
@@ -55,48 +56,49 @@ def apollo_secant(sums, h):
     return -(h.weight * y_d + b_d) * scale * scale, scale, h.floor
 
 
-def apollo_belief(sums: Any, vectors: Any, h: ApolloScalars) -> tuple[Any, Any]:
-    """Likewise; the least curvature is the largest change of the gradient."""
-    fourths, y_d, b_d, largest, _count, _step = sums
+def apollo_secant_of(sums: Any, vectors: Any, h: ApolloScalars) -> tuple[Any, Any]:
+    """The same; with a fourth sum, the largest change of the gradient, this is the least curvature."""
+    fourths, y_d, b_d, *largest, _count, _step = sums
     scale = 1.0 / (fourths.sqrt().sqrt() + h.eps)
-    return vectors, (-(h.weight * y_d + b_d) * scale * scale, scale, largest)
+    return vectors, (-(h.weight * y_d + b_d) * scale * scale, scale, largest[0] if largest else h.floor)
 
 
 @rule
-def apollo_hessian(g, m, b, d, h, c):
-    """Average, Hessian and curvature."""
-    gain, scale, floor = c
-    v = d * scale
-    b = b + gain * (v * v)
-    return m + h.weight * (g - m), b, at_least(tl.abs(b), floor) + h.extra
+def apollo_hessian(b, d, h, c):
+    """The new Hessian, and the curvature."""
+    v = d * c[1]
+    b = b + c[0] * (v * v)
+    return b, at_least(tl.abs(b), c[2]) + h.extra
 
 
 @rule
 def apollo(p, g, state, h, c):
     m, b, d = state
-    m, b, curvature = apollo_hessian(g, m, b, d, h, c)
+    b, curvature = apollo_hessian(b, d, h, c)
+    m = m + h.weight * (g - m)
     d = m / curvature + h.weight_decay * p
     return p - h.lr * d, (m, b, d)
 
 
 @rule
 def apollo_curvature(p, g, state, h, c):
-    m, b, d = state
-    m, b, curvature = apollo_hessian(g, m, b, d, h, c)
-    return (m, b, m / curvature), (curvature,)
+    _m, b, d = state
+    _b, curvature = apollo_hessian(b, d, h, c)
+    return state, (curvature,)
 
 
-@rule
-def apollo_mean(sums, h):
-    total, numel = sums
-    return (total / numel,)
+def apollo_mean(sums: Any, vectors: Any, h: ApolloScalars) -> tuple[Any, Any]:
+    """The mean curvature."""
+    total, count, _step = sums
+    return vectors, (total / count.clamp(min=1.0),)
 
 
 @rule
 def apollo_stable(p, g, state, h, c):
     m, b, d = state
-    (mean,) = c
-    d = d + h.weight_decay / mean * p
+    b, curvature = apollo_hessian(b, d, h, c)
+    m = m + h.weight * (g - m)
+    d = m / curvature + h.weight_decay / c[3] * p
     return p - h.lr * d, (m, b, d)
 
 
@@ -184,25 +186,28 @@ class Apollo(Optimizer):
             "weight_decay_type": weight_decay_type,
         }
         super().__init__(params, defaults, common)
-        if warmup == 0 and init_lr is not None:
-            warnings.warn(
-                f"Apollo: init_lr={init_lr!r} has no effect with warmup=0: write warmup=500 or leave init_lr out; if "
-                f"lr={lr!r} is from torch_optimizer, write lr={lr / 100!r} here for the same steps",
-                stacklevel=2,
-            )
+
+    def complete(self, group: dict[str, Any]) -> None:
+        super().complete(group)
+        warn_once(
+            self,
+            lambda group: group["warmup"] == 0 and group["init_lr"] is not None,
+            f"init_lr={group['init_lr']!r} has no effect with warmup=0: write warmup=500, or leave init_lr out; where "
+            f"lr={group['lr']!r} is torch_optimizer's, write lr={group['lr'] / 100!r} for the same steps",
+        )
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
-        products = Measure(apollo_products, (WHOLE,) * 3, writes_state=False)
-        secant: Given = Factors(apollo_secant, 3)
+        kind, three = decay_kind(group), (WHOLE,) * 3
+        products = Measure(apollo_products, three, writes_state=False)
         if group["rebound"] == "belief":
-            sums, maxima = ((WHOLE,) * 3, (WHOLE,)) if shape else ((WHOLE,) * 4, ())  # a scalar is its own maximum
+            sums, maxima = (three, (WHOLE,)) if shape else ((*three, WHOLE), ())  # a scalar is its own maximum
             products = Measure(apollo_products_belief, sums, writes_state=False, maxima=maxima)
-            secant = Vectors(apollo_belief, (WHOLE,) * 3)
-        kind = decay_kind(group)
+        outside = group["rebound"] == "belief" or kind == "stable"
+        secant: Given = Vectors(apollo_secant_of, three) if outside else Factors(apollo_secant, 3)
         stages: tuple[Stage, ...] = (products, Update(apollo, secant))
         if kind == "stable":
-            curvature = Measure(apollo_curvature, (WHOLE,), given=secant)
-            stages = (products, curvature, Update(apollo_stable, Factors(apollo_mean)))
+            curvature = Measure(apollo_curvature, (WHOLE,), writes_state=False, given=secant)
+            stages = (products, curvature, Update(apollo_stable, Vectors(apollo_mean, (WHOLE,))))
         decay = Decay.L2 if kind == "L2" else Decay.NONE
         return Recipe(stages, ("exp_avg_grad", "approx_hessian", "update"), decay)
 

@@ -89,6 +89,8 @@ class Lamb(Optimizer):
 
     Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32).
 
+    When: large batches. Start: ``lr=0.02``, ``weight_decay=0.01``.
+
     Paper: You et al., https://arxiv.org/abs/1904.00962.
     """
 

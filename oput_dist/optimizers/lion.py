@@ -49,6 +49,8 @@ class Lion(Optimizer):
 
     Sharding class E: no communication. State: 4 bytes per parameter (fp32).
 
+    When: half of AdamW's state must do, and batches are large. Start: ``lr=3e-4``, ``weight_decay=0.1``.
+
     Paper: Chen et al., https://arxiv.org/abs/2302.06675.
     """
 

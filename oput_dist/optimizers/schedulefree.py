@@ -16,7 +16,7 @@ from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Update
 
-__all__ = ["AdamWScheduleFree", "SGDScheduleFree"]
+__all__ = ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFree"]
 
 
 class ScheduleFreeScalars(NamedTuple):
@@ -66,8 +66,8 @@ def swap(p, g, state, h):
 _WEIGHTS = {"warmup_steps": nonnegative_integer, "r": nonnegative, "weight_lr_power": nonnegative}
 
 
-class _ScheduleFree(Optimizer):
-    """Train and eval modes, and the weights of the average."""
+class ScheduleFree(Optimizer):
+    """What the schedule-free optimizers share: train and eval modes, and the weights of the average."""
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common) -> None:
         running = {"k": 0, "weight_sum": 0.0, "lr_max": 0.0, "train_mode": True}
@@ -139,7 +139,7 @@ class _ScheduleFree(Optimizer):
         )
 
 
-class SGDScheduleFree(_ScheduleFree):
+class SGDScheduleFree(ScheduleFree):
     r"""Schedule-free SGD.
 
     .. math::
@@ -206,7 +206,7 @@ class SGDScheduleFree(_ScheduleFree):
         return Recipe((Update(schedule_free_sgd),), ("z",))
 
 
-class AdamWScheduleFree(_ScheduleFree):
+class AdamWScheduleFree(ScheduleFree):
     r"""Schedule-free AdamW: as :class:`SGDScheduleFree`, with the step of Adam's second moment.
 
     .. math::

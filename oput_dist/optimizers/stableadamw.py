@@ -80,6 +80,9 @@ class StableAdamW(Optimizer):
 
     Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32).
 
+    When: AdamW's loss spikes, as in low precision or with large batches; it needs no gradient clipping. Start:
+    ``lr=3e-3``, ``weight_decay=0.01``.
+
     Paper: Wortsman et al., https://arxiv.org/abs/2304.13013.
     """
 
