@@ -39,7 +39,8 @@ def groups_by_decay(params: Params) -> list[dict[str, Any]]:
         named = [entry if isinstance(entry, tuple) else ("", entry) for entry in entries]
         spared = {p: _is_spared(name, len(p.shape)) for name, p in named}
     with_names = all(name for name, _ in named)
-    decayed, kept = [], []
+    decayed: list[Any] = []
+    kept: list[Any] = []
     for name, p in named:
         (kept if spared[p] else decayed).append((name, p) if with_names else p)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
@@ -57,7 +58,7 @@ def _spared_by_module(module: nn.Module) -> dict[torch.Tensor, bool]:
     def is_spared(name: str, axes: int) -> bool:
         return _is_spared(name, axes) or name.rpartition(".")[0] in norms
 
-    spared = {}
+    spared: dict[torch.Tensor, bool] = {}
     for name, p in module.named_parameters():
         flat = flattened.get(p)
         if flat is None:

@@ -75,8 +75,10 @@ _GROUP_COMMON: dict[str, Check] = {
     "decouple_lr": boolean,
     "max_lr": optional(positive),
     "maximize": boolean,
-    "cautious": boolean,
 }
+_LATER: dict[str, Check] = {"cautious": boolean}
+"""Options that came after the first format: a group has them only where they are set, so that what was saved without
+them loads, also through ``torch.distributed.checkpoint``, which asks for every key of a group."""
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -137,10 +139,10 @@ class Optimizer(torch.optim.Optimizer):
             "decouple_lr": common.get("decouple_lr", False),
             "max_lr": common.get("max_lr"),
             "maximize": common.get("maximize", False),
-            "cautious": common.get("cautious", False),
             "optimizer": owner,
             FORMAT_KEY: FORMAT,
         }
+        every.update({name: common.get(name) for name in _LATER if common.get(name, False) is not False})
         self.validate(every)
         if isinstance(params, nn.Module):
             params = [(clean_name(name), parameter) for name, parameter in params.named_parameters()]
@@ -153,12 +155,13 @@ class Optimizer(torch.optim.Optimizer):
     def recipe_of(self, group: Group, shape: Shape) -> Recipe:
         """The recipe with what the group's common options make of it."""
         recipe = self.recipe(group, shape)
-        return recipe.cautious() if group["cautious"] else recipe
+        return recipe.cautious() if group.get("cautious") else recipe
 
     def validate(self, group: Group) -> None:
         """Raise ValueError for the first hyperparameter of a group that is out of range."""
         owner = type(self).__name__
-        check_group(owner, group, {**_GROUP_COMMON, **self.checks})
+        later = {name: check for name, check in _LATER.items() if name in group}
+        check_group(owner, group, {**_GROUP_COMMON, **self.checks, **later})
         self.check(group)
         if group["decouple_lr"] and group["max_lr"] is None and float(group["lr"]) == 0:
             raise ValueError(f"{owner}: decouple_lr=True with lr=0: give max_lr, the largest rate of the schedule")

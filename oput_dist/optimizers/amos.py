@@ -33,7 +33,7 @@ class AmosScalars(NamedTuple):
 def amos_factors(eta: float) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """The shares of parameter and gradient in the step of tensors whose weights have the scale ``eta``."""
 
-    def factors(sums: Any, vectors: Any, h: AmosScalars) -> tuple[Any, Any]:
+    def factors(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
         squares, count, step = sums
         v, b = vectors
         mean = squares / count.clamp(min=1.0)

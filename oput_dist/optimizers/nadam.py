@@ -39,7 +39,7 @@ def nadam(p, g, state, h):
 
 def momentum_at(beta1: float, momentum_decay: float, step: int) -> float:
     """The momentum of a step."""
-    return beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+    return beta1 * (1 - 0.5 * math.pow(0.96, step * momentum_decay))
 
 
 @functools.lru_cache(maxsize=64)  # schedules of beta1 must not fill the memory

@@ -22,8 +22,7 @@ class PIDScalars(NamedTuple):
     lr: float
     momentum: float
     gain: float
-    weight: float
-    """Of the newest change in the derivative: 1 - momentum."""
+    """Of the gradient in the integral."""
     started: float
     """0 at the first step, which has no previous gradient; 1 later."""
     kept: float
@@ -36,7 +35,7 @@ class PIDScalars(NamedTuple):
 def pid(p, g, state, h):
     i, d, previous = state
     i = h.momentum * i + h.gain * g
-    d = lerp(d, (g - previous) * h.started, h.weight)
+    d = lerp(d, (g - previous) * h.started, 1.0 - h.momentum)
     return p - h.lr * (g + h.integral * i + h.derivative * d), (i, d, g * h.kept)
 
 
@@ -117,13 +116,7 @@ class PID(Optimizer):
         return Recipe((Update(pid),), ("i_buffer", "d_buffer", "grad_buffer"), Decay.L2)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return PIDScalars(
-            lr=group["lr"],
-            momentum=group["momentum"],
-            gain=1.0 if step == 1 else 1 - group["dampening"],
-            weight=1 - group["momentum"],
-            started=float(step > 1),
-            kept=float(step > 1 or not group["bug_compat"]),
-            integral=group["integral"],
-            derivative=group["derivative"],
-        )
+        gain = 1.0 if step == 1 else 1 - group["dampening"]
+        started, kept = float(step > 1), float(step > 1 or not group["bug_compat"])
+        terms = group["integral"], group["derivative"]
+        return PIDScalars(group["lr"], group["momentum"], gain, started, kept, *terms)

@@ -60,9 +60,8 @@ def lookup(name: str) -> type[Optimizer]:
     if preset is not None:
         return preset.optimizer
     if _key(name) not in OPTIMIZERS:
-        raise ValueError(
-            f"unknown optimizer {name!r}.{nearest(name.lower(), available())} Available: {', '.join(available())}"
-        )
+        near = nearest(_key(name), OPTIMIZERS) or nearest(name.lower(), PRESETS)
+        raise ValueError(f"unknown optimizer {name!r}.{near} oput.available() lists all {len(available())} names")
     return OPTIMIZERS[_key(name)]
 
 

@@ -84,6 +84,7 @@ class RMSprop(Optimizer):
         weight_decay: L2 factor :math:`\lambda \ge 0`. Default 0.
         momentum: :math:`\mu` in [0, 1). Default 0.
         centered: divide by the root of the variance in place of the second moment. Default False.
+        decouple_wd: decay by :math:`p \leftarrow (1 - \eta\lambda) p` before the update, in place of L2. Default False.
         **common: see :class:`oput_dist.engine.Common`.
 
     Raises:
@@ -98,7 +99,13 @@ class RMSprop(Optimizer):
     https://arxiv.org/abs/1308.0850.
     """
 
-    checks: ClassVar = {"alpha": fraction, "eps": nonnegative, "momentum": fraction, "centered": boolean}
+    checks: ClassVar = {
+        "alpha": fraction,
+        "eps": nonnegative,
+        "momentum": fraction,
+        "centered": boolean,
+        "decouple_wd": boolean,
+    }
 
     def __init__(
         self,
@@ -109,6 +116,7 @@ class RMSprop(Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
+        decouple_wd: bool = False,
         **common: Unpack[Common],
     ) -> None:
         defaults = {
@@ -118,6 +126,7 @@ class RMSprop(Optimizer):
             "weight_decay": weight_decay,
             "momentum": momentum,
             "centered": centered,
+            "decouple_wd": decouple_wd,
         }
         super().__init__(params, defaults, common)
 
@@ -130,7 +139,8 @@ class RMSprop(Optimizer):
         }
         centered, moving = bool(group["centered"]), group["momentum"] != 0
         state = ("square_avg",) + ("grad_avg",) * centered + ("momentum_buffer",) * moving
-        return Recipe((Update(rules[centered, moving]),), state, Decay.L2)
+        decay = Decay.SHRINK if group["decouple_wd"] else Decay.L2
+        return Recipe((Update(rules[centered, moving]),), state, decay)
 
     def scalars(self, group: Group, step: int) -> Any:
         return RMSpropScalars(group["lr"], 1 - group["alpha"], group["eps"], group["momentum"])

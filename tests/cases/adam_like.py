@@ -50,6 +50,8 @@ ORACLES = [
     Oracle(oput.RMSprop, {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.1, "eps": 1e-3, "momentum": 0.8}, T.RMSprop),
     Oracle(oput.RMSprop, {"lr": 0.01, "centered": True, "maximize": True}, T.RMSprop),
     Oracle(oput.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.9, "weight_decay": 0.1}, T.RMSprop),
+    Oracle(oput.RMSprop, {**DECAY, "momentum": 0.9, "decouple_wd": True}, adam_like.rmsprop, second=PLAIN),
+    Oracle(oput.RMSprop, {**DECAY, **DECOUPLED, "momentum": 0.9}, adam_like.rmsprop, second=PLAIN),
     Oracle(oput.RAdam, {"lr": 0.01}, T.RAdam),
     Oracle(oput.RAdam, MORE, T.RAdam),
     Oracle(oput.RAdam, {**DECOUPLE, "betas": (0.8, 0.9), "maximize": True}, T.RAdam),

@@ -9,6 +9,25 @@ from torch import Tensor
 from tests.formulas.basic import Memory, moments
 
 
+def rmsprop(
+    p: Tensor,
+    g: Tensor,
+    memory: Memory,
+    t: int,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    decouple_wd: bool = False,
+    decouple_lr: bool = False,
+    max_lr: float = 1.0,
+) -> None:
+    """With decoupled decay."""
+    assert decouple_wd or decouple_lr
+    memory["v"] = 0.99 * memory.get("v", 0.0) + (1 - 0.99) * g**2
+    memory["b"] = momentum * memory.get("b", 0.0) + g / (memory["v"].sqrt() + 1e-8)
+    p.copy_(p * (1 - lr / (max_lr if decouple_lr else 1.0) * weight_decay) - lr * memory["b"])
+
+
 def nadam(
     p: Tensor,
     g: Tensor,
