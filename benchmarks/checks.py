@@ -74,14 +74,15 @@ def tensors(setup: Setup, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> l
 
 
 def give_gradients(params: Sequence[torch.Tensor], step: int, absent: int | None = None) -> None:
-    """Gradients with magnitudes in [1, 2) and any sign; every third one is not aligned.
+    """Gradients of any sign with magnitudes in [1, 2), and three times that at each further step; every third one is
+    not aligned.
 
-    Lion's average of them is then never so near zero that rounding could change its sign.
+    Averages of them, whose sign is a step, are then never so near zero that rounding could change it.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     for i, p in enumerate(params):
         offset = int(i % 3 == 2)
-        drawn = 1 + torch.rand(p.numel() + offset, generator=generator)
+        drawn = 3**step * (1 + torch.rand(p.numel() + offset, generator=generator))
         drawn *= torch.randint(0, 2, drawn.shape, generator=generator) * 2 - 1
         p.grad = None if i == absent else drawn.to(p.device, p.dtype)[offset:].view(p.shape)
 
@@ -204,7 +205,7 @@ def same_as_eager(variant: Variant, setup: Setup) -> Result:
                 return Result(math.inf, f"state differs after step {step}")
             for key in rooted & right.keys():
                 change = right[key] - old[key] if key == "p" else right[key]  # an average may be new for the most part
-                roots = eps * (right[key].abs() + 2 * change.abs().max() + eps)
+                roots = eps * (right[key].abs() + 3 * change.abs().max() + eps)
                 off = ((new[key] - right[key]).abs() / roots).max().item()
                 error = max(error, off if off == off else math.inf)
     return Result(error)

@@ -11,35 +11,16 @@ from typing import Any
 
 import torch
 
-from .language import HAS_TRITON, jit, tl
+from .language import jit, tl
 from .math import passed_on
-from .stage import Agreed, Agreement, Apply, Cautious, Decay, Factors, Measure, Prologue, Stage, Update, plain
+from .stage import Agreed, Cautious, Factors, Prologue, Stage
+from .tile import common_constexprs, compute, pointer, scalars
 
 __all__ = ["BLOCK", "constexprs", "grouped", "num_warps", "segmented_sum"]
 
 BLOCK = 1024
 """Elements of one tile, and of one program."""
 _NUM_WARPS = {"cuda": 4, "hip": 2}  # warps of 32 and of 64 threads
-
-_KINDS: dict[type, int] = {Update: 0, Measure: 1, Apply: 2}
-_CAUTION: dict[type, int] = {Agreement: 1, Cautious: 2}
-
-
-@jit
-def _scalars(row, N: tl.constexpr, C: tl.constexpr):
-    """``N`` values of a float64 row, in the compute dtype."""
-    out = ()
-    for i in tl.static_range(N):
-        out = out + (tl.load(row + i).to(C),)  # noqa: RUF005 - Triton
-    return out
-
-
-@jit
-def _pointer(row, column: tl.constexpr, dtype: tl.constexpr, MASKED: tl.constexpr):
-    pointer = tl.load(row + column).to(tl.pointer_type(dtype))
-    if not MASKED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @jit
@@ -76,42 +57,21 @@ def _tile(
     mask = None
     if MASKED:
         mask = offsets < numel
-    p_ptr = _pointer(row, 2, P, MASKED)
+    p_ptr = pointer(row, 2, P, MASKED)
     p = tl.load(p_ptr + offsets, mask=mask).to(C)
-    g = tl.load(_pointer(row, 3, G, MASKED) + offsets, mask=mask).to(C)
+    g = tl.load(pointer(row, 3, G, MASKED) + offsets, mask=mask).to(C)
     state = ()
     for i in tl.static_range(len(S)):
-        state = state + (tl.load(_pointer(row, 4 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
-    h = H(*_scalars(hyper + 1, N_H, C))
-    decay = tl.load(hyper).to(C)
-    if SCALED:
-        g = g * tl.load(scale).to(C)
-    if MAXIMIZE:
-        g = -g
-    if DECAY == 1:
-        g = g + decay * p
-    if DECAY == 2 and KIND != 1:
-        p = p * decay
-    before = p
+        state = state + (tl.load(pointer(row, 4 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
+    h = H(*scalars(hyper + 1, N_H, C))
+    c, agreed = (), 0.0
     if N_SUMS > 0:
-        c = FACTORS(_scalars(sums, N_SUMS, C), h)
-    if KIND == 0:
-        if N_SUMS > 0:
-            p, state = RULE(p, g, state, h, c)
-        else:
-            p, state = RULE(p, g, state, h)
-    elif KIND == 1:
-        if N_SUMS > 0:
-            state, terms = RULE(p, g, state, h, c)
-        else:
-            state, terms = RULE(p, g, state, h)
-    elif N_SUMS > 0:
-        p = RULE(p, g, state, h, c)
-    if CAUTION == 1:
-        terms = (((p - before) * g < 0).to(C),)
+        c = FACTORS(scalars(sums, N_SUMS, C), h)
     if CAUTION == 2:
-        move = p - before
-        p = before + tl.where(move * g < 0, move * tl.load(sums + N_SUMS).to(C), 0.0)
+        agreed = tl.load(sums + N_SUMS).to(C)
+    decay = tl.load(hyper).to(C)
+    p, state, terms = compute(p, g, state, h, decay, scale, c, agreed, RULE, KIND, CAUTION, N_SUMS > 0, DECAY,
+                              MAXIMIZE, SCALED, C)  # fmt: skip
     for i in tl.static_range(N_TERMS):
         term = terms[i]
         if MASKED:
@@ -121,7 +81,7 @@ def _tile(
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(S)):
-            tl.store(_pointer(row, 4 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
+            tl.store(pointer(row, 4 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
 
 
 @jit
@@ -192,22 +152,10 @@ def num_warps(hip: bool) -> int:
     return _NUM_WARPS["hip" if hip else "cuda"]
 
 
-_DTYPES: dict[torch.dtype, Any] = (
-    {
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-    }
-    if HAS_TRITON
-    else {}
-)
-
-
 def constexprs(
     stage: Stage,
     prologue: Prologue,
-    scalars: type,
+    kind: type,
     sums: int,
     scaled: bool,
     p: torch.dtype,
@@ -219,32 +167,16 @@ def constexprs(
     Args:
         stage: what to run.
         prologue: what comes before the rule.
-        scalars: the NamedTuple class of the rule's ``h``.
+        kind: the NamedTuple class of the rule's ``h``.
         sums: values of each row of sums that the stage is given (0 if it follows no measure).
         scaled: whether a gradient scale is given.
         p, g, state: dtypes of parameter, gradient and each state.
     """
     given = stage.given.before if isinstance(stage.given, Agreed) else stage.given
     return {
-        "RULE": stage.rule,
+        **common_constexprs(stage, prologue, kind, scaled, p, g, state),
         "FACTORS": given.rule if isinstance(given, Factors) else passed_on,
-        "H": scalars,
-        "KIND": _KINDS[type(plain(stage))],
-        "CAUTION": _CAUTION.get(type(stage), 0),
-        "N_H": len(scalars._fields),  # type: ignore[attr-defined]
         "N_TERMS": len(stage.sums),
         "N_SUMS": sums - isinstance(stage, Cautious),
-        "DECAY": prologue.decay.value,
-        "MAXIMIZE": prologue.maximize,
-        "SCALED": scaled,
-        "WRITES_P": stage.writes_parameter,
-        "WRITES_STATE": stage.writes_state,
-        "P": _DTYPES[p],
-        "G": _DTYPES[g],
-        "S": tuple(_DTYPES[d] for d in state),
-        "C": tl.float64 if p == torch.float64 else tl.float32,
         "BLOCK": BLOCK,
     }
-
-
-assert (Decay.L2.value, Decay.SHRINK.value) == (1, 2)  # the literals in _tile

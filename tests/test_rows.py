@@ -76,6 +76,8 @@ def test_each_spelling_of_the_threshold(make: Any, name: str) -> None:
     (group,) = make(parameters(), **{name: 7}).param_groups
     assert group["n_sma_threshold"] == 7
     assert not [key for key in group if "threshhold" in key]
+    (group,) = make([{"params": parameters(), name: 7}]).param_groups
+    assert group["n_sma_threshold"] == 7
     with pytest.raises(ValueError, match=r"n_sma_threshold=3.9 .*a finite number >= 4"):
         make(parameters(), **{name: 3.9})
 
@@ -86,7 +88,7 @@ RANGES: list[tuple[Any, dict[str, Any], str]] = [
         for make in (oput.Ranger, BELIEF)
         for row in [
             *[(make, {"k": k}, r"k=.*an integer >= 1") for k in (0, -1, 2.5, True, "6", None)],
-            *[(make, {"alpha": alpha}, r"alpha=.*a number in \[0, 1\]") for alpha in (-0.1, 1.1, math.nan, True, "x")],
+            *[(make, {"alpha": alpha}, r"alpha=.*a number in \(0, 1\]") for alpha in (0.0, 1.1, math.nan, True, "x")],
             *[(make, {"betas": betas}, r"betas=.*2 numbers in \[0, 1\)") for betas in ((0.9, 1.0), (0.9,), 0.9)],
             (make, {"eps": -1e-8}, r"eps=-1e-08 .*>= 0"),
             (make, {"use_gc": 1}, r"use_gc=1 .*True or False"),

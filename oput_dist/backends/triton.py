@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 
+from oput_dist.kernels.boxed import TILES, boxed, boxed_constexprs
 from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, segmented_sum
 from oput_dist.kernels.stage import Stage
 
 from .batch import Batch, Stack
+from .boxes import BoxedStack, fits, view_of
 from .torchlike import Compile, Eager
 from .transfer import send
 
 __all__ = ["Triton"]
+
+NARROW = 32
+"""Columns up to which tiles are narrow."""
 
 
 @dataclass
@@ -72,9 +77,67 @@ class Triton:
         return out
 
     def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
-        """See :class:`Backend`. On a GPU torch.compile makes Triton kernels of these stages."""
-        backend = self._compile if batch.p[0].device.type == "cuda" else self._eager
-        return backend.run_stacks(stage, batch, stacks)
+        """See :class:`Backend`. What the boxed kernel cannot run goes through torch."""
+        results: list[tuple[torch.Tensor, ...]] = [()] * len(stacks)
+        jobs: dict[tuple[int, int], list[tuple[int, BoxedStack]]] = {}
+        for i, stack in enumerate(stacks):
+            view = view_of(stage, stack)
+            if fits(view, stage):
+                tile = TILES[view.columns <= NARROW]
+                jobs.setdefault(tile, []).append((i, BoxedStack(stage, stack, view, tile, batch.p[0].device)))
+            else:
+                other = self._compile if batch.p[0].device.type == "cuda" else self._eager
+                results[i] = other.run_stacks(stage, batch, [stack])[0]
+        for tile, members in jobs.items():
+            self._launch(stage, batch, tile, [job for _, job in members])
+            for i, job in members:
+                results[i] = job.totals()
+        return results
+
+    def _launch(self, stage: Stage, batch: Batch, tile: tuple[int, int], jobs: Sequence[BoxedStack]) -> None:
+        device = batch.p[0].device
+        which = [i for job in jobs for i in job.stack.which]
+        table = [row for job in jobs for row in job.rows()]
+        tiles = _box_tiles(batch, tile, jobs, device)
+        hyper = batch.scalars.table[send(torch.tensor(which, device="cpu"), device)]
+        fixed = boxed_constexprs(
+            stage,
+            batch.prologue,
+            batch.scalars.kind,
+            len(jobs[0].stack.factors),
+            jobs[0].modes,
+            tile,
+            batch.scale is not None,
+            batch.p[0].dtype,
+            batch.g[0].dtype,
+            tuple(s.dtype for s in batch.state[0]),
+        )
+        with _on(device):
+            boxed[(len(tiles),)](
+                send(torch.tensor(table, dtype=torch.int64, device="cpu"), device),
+                hyper,
+                tiles,
+                hyper if batch.scale is None else batch.scale,
+                **fixed,
+                num_warps=num_warps(torch.version.hip is not None),
+            )
+
+
+def _box_tiles(batch: Batch, tile: tuple[int, int], jobs: Sequence[BoxedStack], device: torch.device) -> torch.Tensor:
+    """``[box, batch, tile of rows, tile of columns]`` of all boxes."""
+    sizes = [(*job.view.counts(tile), len(job.stack.which)) for job in jobs]
+    key = ("box tiles", tile, tuple(sizes))
+    if key not in batch.cache:
+        parts, first = [], 0
+        for batches, rows, columns, boxes in sizes:
+            ranges = [torch.arange(n, device="cpu") for n in (boxes, batches, rows, columns)]
+            part = torch.cartesian_prod(*ranges)
+            part[:, 0] += first
+            parts.append(part)
+            first += boxes
+        batch.cache[key] = send(torch.cat(parts).to(torch.int32), device)
+    tiles: torch.Tensor = batch.cache[key]
+    return tiles
 
 
 def _grid(batch: Batch, device: torch.device) -> _Grid:

@@ -127,8 +127,8 @@ class A2GradUni(A2Grad):
     Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32), and one value for each tensor,
     the same on all ranks.
 
-    When: convex problems and small networks, where no learning rate is to be tuned. Start: ``beta=10.0``,
-    ``lips=10.0``.
+    When: convex problems and small networks, where no learning rate is to be tuned. Start: ``beta=1.0``,
+    ``lips=3.0``.
 
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """
@@ -165,8 +165,8 @@ class A2GradInc(A2GradUni):
     Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32), and one value for each tensor,
     the same on all ranks.
 
-    When: as :class:`A2GradUni`, where the noise of early gradients should be forgotten. Start: ``beta=10.0``,
-    ``lips=10.0``.
+    When: as :class:`A2GradUni`, where the noise of early gradients should be forgotten. Start: ``beta=1.0``,
+    ``lips=3.0``.
 
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """
@@ -197,8 +197,8 @@ class A2GradExp(A2Grad):
     Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32), and two values for each
     tensor, the same on all ranks.
 
-    When: as :class:`A2GradUni`, with steps that keep to the noisiest phase so far. Start: ``beta=10.0``,
-    ``lips=10.0``, ``rho=0.5``.
+    When: as :class:`A2GradUni`, with steps that keep to the noisiest phase so far. Start: ``beta=0.3``,
+    ``lips=3.0``, ``rho=0.5``.
 
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """

@@ -96,7 +96,7 @@ class Amos(Optimizer):
     momentum 4 bytes per parameter (fp32).
 
     When: pre-training of language models with almost no memory for state, and no weight decay to tune. Start:
-    ``lr=0.05``, ``beta=0.98``, ``momentum=0.9``.
+    ``lr=0.02``, ``beta=0.98``, ``momentum=0.9``.
 
     Paper: Tian & Parikh, https://arxiv.org/abs/2210.11693.
     """

@@ -147,7 +147,7 @@ class Apollo(Optimizer):
     Sharding class N: one packed all-reduce a step, with stable decay or belief two, with both three. State: 12 bytes
     per parameter (fp32).
 
-    When: curvature helps but only a diagonal is affordable, with a warmup. Start: ``lr=1e-2``, ``beta=0.9``,
+    When: curvature matters but only a diagonal of it is affordable; wants a warmup. Start: ``lr=1e-2``, ``beta=0.9``,
     ``eps=1e-4``, ``warmup=20``.
 
     Paper: Ma, https://arxiv.org/abs/2009.13586.

@@ -142,7 +142,7 @@ class CAME(Optimizer):
     Sharding class R: three packed all-reduces a step. State of an R x C matrix: 4 bytes per parameter, and
     2 (R + C) values, the same on all ranks; of a vector 8 bytes per parameter.
 
-    When: large language models whose optimizer state must be small, with momentum. Start: ``lr=2e-4``,
+    When: large language models whose optimizer state must be small, with momentum. Start: ``lr=5e-4``,
     ``betas=(0.9, 0.99, 0.999)``.
 
     Paper: Luo et al., https://arxiv.org/abs/2307.02047.

@@ -262,7 +262,7 @@ class MomoAdam(_NeedsLoss):
     in the parameter groups.
 
     When: in place of Adam, where the learning rate should need little search; give a rate that is too large rather
-    than too small. Start: ``lr=1e-2``, ``betas=(0.9, 0.999)``.
+    than too small. Start: ``lr=3e-3``, ``betas=(0.9, 0.99)``.
 
     Paper: Schaipp et al., https://arxiv.org/abs/2305.07583.
     """

@@ -189,7 +189,7 @@ class Prodigy(_Estimating):
     kept in the parameter groups.
 
     When: no time or no wish to search for a learning rate; leave lr at 1, with a cosine schedule.
-    Start: ``lr=1.0``, ``betas=(0.9, 0.99)``, ``d0=1e-5``, ``use_bias_correction=True``.
+    Start: ``lr=1.0``, ``betas=(0.9, 0.99)``, ``d0=1e-5``, ``d_coef=0.5``.
 
     Paper: Mishchenko & Defazio, https://arxiv.org/abs/2306.06101.
     """
@@ -287,7 +287,7 @@ class DAdaptAdam(_Estimating):
     Sharding class G: one packed all-reduce a step. State: 12 bytes per parameter (fp32), and two scalars that are kept
     in the parameter groups.
 
-    When: as Prodigy, which finds its rate sooner, where an estimate that grows more slowly is wanted.
+    When: no time or no wish to search for a learning rate, with less state than Prodigy; leave lr at 1.
     Start: ``lr=1.0``, ``betas=(0.9, 0.99)``, ``d0=1e-5``, ``decouple=True``, ``use_bias_correction=True``.
 
     Paper: Defazio & Mishchenko, https://arxiv.org/abs/2301.07733.

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
 from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative, number, positive_integer
+from oput_dist.engine.hyper import boolean, nonnegative, number, positive_integer, share
 from oput_dist.kernels.language import Rule, rule, tl
 from oput_dist.kernels.math import adam_moments, lerp, lookahead
 from oput_dist.kernels.stage import Decay
@@ -73,16 +73,14 @@ def threshold(value: Any) -> str | None:
     return None if number(value) is None and value >= 4 else "a finite number >= 4"
 
 
-def share(value: Any) -> str | None:
-    """A number in [0, 1]."""
-    return None if number(value) is None and 0 <= value <= 1 else "a number in [0, 1]"
-
-
 class RangerCommon(Common, total=False):
     """What other libraries call ``n_sma_threshold``."""
 
     N_sma_threshhold: float
     n_sma_threshhold: float
+
+
+SPELLINGS = ("N_sma_threshhold", "n_sma_threshhold")
 
 
 class Ranger(Optimizer):
@@ -108,7 +106,7 @@ class Ranger(Optimizer):
         weight_decay: :math:`\lambda \ge 0`. Default 0.
         eps: :math:`\epsilon \ge 0`, beside the root of the moment without bias correction. Default 1e-5.
         k: steps between two synchronisations of slow and fast weights, an integer >= 1. Default 6.
-        alpha: :math:`\alpha` in [0, 1]. Default 0.5.
+        alpha: :math:`\alpha` in (0, 1]. Default 0.5.
         decouple_wd: decoupled weight decay, at every step; else L2, added to the centralised gradient. Default True.
         use_gc: centralise gradients. Default True.
         gc_conv_only: only those with more than three axes. Default False.
@@ -123,7 +121,7 @@ class Ranger(Optimizer):
     parameter (fp32).
 
     When: small data sets and short runs of vision models, where RAdam's start without warm-up and lookahead's averaging
-    make the learning rate less critical. Start: ``lr=5e-3``, ``betas=(0.95, 0.99)``.
+    make the learning rate less critical. Start: ``lr=1e-2``, ``betas=(0.95, 0.99)``.
 
     Paper: Wright, https://github.com/lessw2020/Ranger-Deep-Learning-Optimizer; RAdam: Liu et al.,
     https://arxiv.org/abs/1908.03265; lookahead: Zhang et al., https://arxiv.org/abs/1907.08610; centralisation: Yong
@@ -173,6 +171,12 @@ class Ranger(Optimizer):
         }
         super().__init__(params, defaults, common)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name in SPELLINGS:
+            if isinstance(param_group, dict) and name in param_group:
+                param_group["n_sma_threshold"] = param_group.pop(name)
+        super().add_param_group(param_group)
+
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.L2 if self.l2_first and is_coupled(group) else Decay.NONE
         return Recipe(centralized(group, shape, *self.rules), ("exp_avg", "exp_avg_sq", "slow_buffer"), decay)
@@ -218,7 +222,7 @@ class RangerAdaBelief(Ranger):
         eps: :math:`\epsilon \ge 0`: 1e-8 for vision models, 1e-16 for language models; above 1e-5 a warning says that
             little of the adaptation is left. Default 1e-5.
         k: steps between two synchronisations of slow and fast weights, an integer >= 1. Default 6.
-        alpha: :math:`\alpha` in [0, 1]. Default 0.5.
+        alpha: :math:`\alpha` in (0, 1]. Default 0.5.
         decouple_wd: decoupled weight decay, at every step; else L2, part of the gradient. Default True.
         use_gc: centralise gradients. Default True.
         gc_conv_only: only those with more than three axes. Default False.
@@ -232,8 +236,8 @@ class RangerAdaBelief(Ranger):
     Sharding class R: one packed all-reduce a step; without ``use_gc`` class E: no communication. State: 12 bytes per
     parameter (fp32).
 
-    When: where Ranger is used and gradients are steady, so that steps may be longer than Adam's. Start: ``lr=2e-3``,
-    ``betas=(0.95, 0.99)``, ``eps=1e-16``.
+    When: where Ranger is used and gradients are steady, so that steps may be longer than Adam's. Start: ``lr=1e-2``,
+    ``betas=(0.9, 0.99)``, ``eps=1e-16``.
 
     Paper: Zhuang et al., https://arxiv.org/abs/2010.07468; https://github.com/juntang-zhuang/Adabelief-Optimizer.
     """
@@ -248,4 +252,5 @@ class RangerAdaBelief(Ranger):
             lambda group: group["eps"] > 1e-5,
             f"eps={group['eps']!r} is added to the second moment at every step, which leaves little of the adaptation: "
             "write eps=1e-8 for vision models, eps=1e-16 for language models",
+            deeper=1,
         )

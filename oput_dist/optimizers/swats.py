@@ -122,8 +122,8 @@ class SWATS(Optimizer):
     Sharding class N: one packed all-reduce a step. State: 8 bytes per parameter (fp32), with amsgrad 12, and two values
     for each tensor, the same on all ranks.
 
-    When: image classification, where SGD generalizes better than Adam but starts slower. Start: ``lr=1e-3``,
-    ``betas=(0.9, 0.99)``, ``eps=1e-8``, ``tolerance=1e-6``.
+    When: image classification, where SGD generalizes better than Adam but starts slower. Start: ``lr=3e-3``,
+    ``betas=(0.9, 0.99)``, ``eps=1e-8``.
 
     Paper: Keskar & Socher, https://arxiv.org/abs/1712.07628.
     """

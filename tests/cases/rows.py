@@ -67,6 +67,15 @@ CASES = [
     ),
     Case("came", "oput_dist.CAME", {"lr": 0.1}, FAST, exact=False, partly=False, vectors=CAME_MEANS),
     Case("adammini", "oput_dist.AdamMini", {"lr": 0.1}, FAST, exact=False, partly=False, vectors=("exp_avg_sq",)),
+    Case(
+        "adammini heads",
+        "oput_dist.AdamMini",
+        {"lr": 0.1},
+        {**FAST, "heads": 1},
+        exact=False,
+        partly=False,
+        vectors=("exp_avg_sq",),
+    ),
 ]
 
 WITHOUT_GC = {"use_gc": NOT_GIVEN}
