@@ -1,13 +1,13 @@
 """The boxed Triton launch: stages that sum over some axes, or are given vectors, on any number of boxes.
 
-A box is seen in three dimensions, ``[batch, rows, columns]``, columns innermost in memory: axes of a parameter that all
-sums and factors treat alike are one dimension. Programs work on tiles of rows and columns. What a sum keeps decides how
-it leaves the tile: as one value for each row or for each column, each tile writing to a place of its own; the places are
-added up afterwards in a fixed order, without atomics.
+A box is seen in three dimensions, ``[batch, rows, columns]``, columns innermost in memory: axes of a parameter that
+all sums and factors treat alike are one dimension. Programs work on tiles of rows and columns. What a sum keeps decides
+how it leaves the tile: as one value for each row or for each column, each tile writing to a place of its own; the
+places are added up afterwards in a fixed order, without atomics.
 
 Boxes are described by a table of int64 rows, ``[rows, columns, aligned, p, g, state...]``, then for each factor its
-pointer and its strides along the three dimensions, then for each term a pointer to its partial results; scalars and tiles
-as in the grouped launch, tiles being ``[box, batch, tile of rows, tile of columns]``.
+pointer and its strides along the three dimensions, then for each term a pointer to its partial results; scalars and
+tiles as in the grouped launch, tiles being ``[box, batch, tile of rows, tile of columns]``.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def _box_tile(
             term = tl.where(mask, term, 0.0)
         out = pointer(row, 5 + len(S) + 4 * N_FACTORS + i, tl.float64, True)
         if TERMS[i] == 0 or TERMS[i] == 2:
-            if TERMS[i] == 0:
+            if TERMS[i] == 0:  # noqa: SIM108 - Triton
                 value = tl.sum(term, 1)
             else:
                 value = tl.max(term, 1)
             tl.store(out + (batch * rows + r) * column_tiles + column_tile, value.to(tl.float64), mask=r < rows)
         else:
-            if TERMS[i] == 1:
+            if TERMS[i] == 1:  # noqa: SIM108 - Triton
                 value = tl.sum(term, 0)
             else:
                 value = tl.max(term, 0)

@@ -147,7 +147,7 @@ class BoxedStack:
     """
 
     def __init__(self, stage: Stage, stack: Stack, view: View, tile: tuple[int, int], device: torch.device) -> None:
-        self.stack, self.view = stack, view
+        self.stack, self.view, self.tile = stack, view, tile
         self._terms = [(axes, False) for axes in stage.sums] + [(axes, True) for axes in stage.maxima]
         self.modes = tuple(view.mode(axes, maximum) for axes, maximum in self._terms)
         n = len(stack.which)

@@ -79,23 +79,24 @@ class Triton:
     def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
         """See :class:`Backend`. What the boxed kernel cannot run goes through torch."""
         results: list[tuple[torch.Tensor, ...]] = [()] * len(stacks)
-        jobs: dict[tuple[int, int], list[tuple[int, BoxedStack]]] = {}
+        jobs: dict[Any, list[tuple[int, BoxedStack]]] = {}
         for i, stack in enumerate(stacks):
             view = view_of(stage, stack)
             if fits(view, stage):
-                tile = TILES[view.columns <= NARROW]
-                jobs.setdefault(tile, []).append((i, BoxedStack(stage, stack, view, tile, batch.p[0].device)))
+                job = BoxedStack(stage, stack, view, TILES[view.columns <= NARROW], batch.p[0].device)
+                jobs.setdefault((job.tile, job.modes), []).append((i, job))
             else:
                 other = self._compile if batch.p[0].device.type == "cuda" else self._eager
                 results[i] = other.run_stacks(stage, batch, [stack])[0]
-        for tile, members in jobs.items():
-            self._launch(stage, batch, tile, [job for _, job in members])
+        for members in jobs.values():
+            self._launch(stage, batch, [job for _, job in members])
             for i, job in members:
                 results[i] = job.totals()
         return results
 
-    def _launch(self, stage: Stage, batch: Batch, tile: tuple[int, int], jobs: Sequence[BoxedStack]) -> None:
-        device = batch.p[0].device
+    def _launch(self, stage: Stage, batch: Batch, jobs: Sequence[BoxedStack]) -> None:
+        """One launch for boxes with the same kind of tile, whose terms leave it alike."""
+        device, tile = batch.p[0].device, jobs[0].tile
         which = [i for job in jobs for i in job.stack.which]
         table = [row for job in jobs for row in job.rows()]
         tiles = _box_tiles(batch, tile, jobs, device)

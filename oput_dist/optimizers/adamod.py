@@ -60,7 +60,7 @@ class AdaMod(Optimizer):
     Sharding class E: no communication. State: 12 bytes per parameter (fp32).
 
     When: where Adam needs a warm-up, such as transformers: it has one built in.
-    Start: ``lr=2e-3``, ``betas=(0.9, 0.99)``, ``beta3=0.95``.
+    Start: ``lr=3e-3``, ``betas=(0.9, 0.99)``, ``beta3=0.95``.
 
     Paper: Ding et al., https://arxiv.org/abs/1910.12249.
     """

@@ -67,7 +67,7 @@ class ADOPT(Optimizer):
     Sharding class E: no communication. State: 8 bytes per parameter (fp32).
 
     When: in place of AdamW, above all where Adam is unstable or its beta2 needs tuning.
-    Start: ``lr=1e-3``, ``betas=(0.9, 0.99)``, ``decouple=True``.
+    Start: ``lr=3e-3``, ``betas=(0.9, 0.99)``, ``decouple=True``.
 
     Paper: Taniguchi et al., https://arxiv.org/abs/2411.02853.
     """

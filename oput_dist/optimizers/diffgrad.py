@@ -52,7 +52,7 @@ class DiffGrad(Optimizer):
 
     When: convolutional networks. The changes of gradients must be of size 1 to matter: with smaller ones it is Adam at
     half the learning rate.
-    Start: ``lr=2e-3``, ``betas=(0.9, 0.99)``.
+    Start: ``lr=5e-3``, ``betas=(0.9, 0.99)``.
 
     Paper: Dubey et al., https://arxiv.org/abs/1909.11015.
     """

@@ -51,8 +51,8 @@ class LaProp(Optimizer):
 
     Sharding class E: no communication. State: 8 bytes per parameter (fp32).
 
-    When: in place of AdamW, above all with a small :math:`\beta_2` or with gradients that are noisy or spike.
-    Start: ``lr=1e-3``, ``betas=(0.9, 0.99)``.
+    When: in place of AdamW, above all with a small beta2, or with gradients that are noisy or spike.
+    Start: ``lr=3e-3``, ``betas=(0.9, 0.99)``.
 
     Paper: Ziyin et al., https://arxiv.org/abs/2002.04839.
     """

@@ -84,8 +84,8 @@ class NAdam(Optimizer):
 
     Sharding class E: no communication. State: 8 bytes per parameter (fp32).
 
-    When: as Adam; a little faster at the same learning rate on many problems.
-    Start: ``lr=1e-3``, ``betas=(0.9, 0.99)``.
+    When: as Adam, where Nesterov momentum is wanted.
+    Start: ``lr=2e-3``, ``betas=(0.9, 0.99)``.
 
     Paper: Dozat, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
     """

@@ -61,7 +61,7 @@ class RAdam(Optimizer):
     Sharding class E: no communication. State: 8 bytes per parameter (fp32).
 
     When: in place of Adam where a warm-up of the learning rate is not wanted.
-    Start: ``lr=1e-3``, ``betas=(0.9, 0.99)``.
+    Start: ``lr=3e-3``, ``betas=(0.9, 0.99)``.
 
     Paper: Liu et al., https://arxiv.org/abs/1908.03265.
     """

@@ -68,7 +68,7 @@ class Yogi(Optimizer):
     Sharding class E: no communication. State: 8 bytes per parameter (fp32).
 
     When: sparse or very noisy gradients, where Adam's second moment forgets too fast.
-    Start: ``lr=1e-2``, ``betas=(0.9, 0.99)``.
+    Start: ``lr=3e-3``, ``betas=(0.9, 0.99)``, ``eps=1e-6``.
 
     Paper: Zaheer et al., Adaptive methods for nonconvex optimization, NeurIPS 2018,
     https://papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization.
