@@ -134,7 +134,7 @@ def allowance(setup: Setup, variant: Variant, key: str) -> tuple[float, float]:
         return 4 * eps, 64 * eps
     truncated = dtype == torch.bfloat16 and setup.device.type == "cpu" and setup.backend == "triton"  # interpreted
     own = (2 if dtype == torch.float32 else 1 if truncated else 0.501) * eps
-    two_stages = any(program.stage.sums for program in variant.programs())
+    two_stages = variant.exchanges
     stored = torch.finfo(setup.state_dtype or setup.dtype).eps
     return own, 4e-6 if key != "p" or not two_stages or stored < 1e-6 else 2 * stored
 

@@ -75,6 +75,7 @@ def _compile(job: Job) -> Row:
         dtype,
         dtype,
         (dtype,) * program.states,
+        program.boxed,
     )
     each = dtype.itemsize * 8 // 16  # a thread has eight elements of each tensor
     reads, writes = program.traffic()

@@ -1,4 +1,4 @@
-"""Compile the grouped kernel for a GPU that is not there: for tests, and to read what the compiler made of a rule."""
+"""Compile a kernel for a GPU that is not there: for tests, and to read what the compiler made of a rule."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .boxed import TILES, boxed_constexprs
+from .boxed import boxed as boxes
 from .grouped import constexprs, grouped, num_warps
 from .stage import Prologue, Stage
 
@@ -46,23 +48,25 @@ def compile_stage(
     p: torch.dtype = torch.float32,
     g: torch.dtype = torch.float32,
     state: tuple[torch.dtype, ...] = (),
+    boxed: tuple[int, tuple[int, ...]] | None = None,
 ) -> Report:
-    """Compile ``stage`` for a target of :data:`TARGETS`, without a GPU. Not under ``TRITON_INTERPRET=1``."""
+    """Compile ``stage`` for a target of :data:`TARGETS`, without a GPU. Not under ``TRITON_INTERPRET=1``.
+
+    With ``boxed``, the number of factors and how each term leaves a tile, in the boxed kernel, else in the grouped one.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fixed = constexprs(stage, prologue, scalars, sums, scaled, p, g, state)
-    pointers = {
-        "table": "*i64",
-        "hyper": "*fp64",
-        "tiles": "*i32",
-        "scale": "*fp64",
-        "partial": "*fp64",
-        "sums": "*fp64",
-    }
+    pointers = {"table": "*i64", "hyper": "*fp64", "tiles": "*i32", "scale": "*fp64"}
+    if boxed is None:
+        kernel, fixed = grouped, constexprs(stage, prologue, scalars, sums, scaled, p, g, state)
+        pointers |= {"partial": "*fp64", "sums": "*fp64"}
+    else:
+        kernel = boxes
+        fixed = boxed_constexprs(stage, prologue, scalars, *boxed, TILES[0], scaled, p, g, state)
     source = ASTSource(
-        fn=grouped, signature={**pointers, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed, attrs={}
+        fn=kernel, signature={**pointers, **dict.fromkeys(fixed, "constexpr")}, constexprs=fixed, attrs={}
     )
     hip = TARGETS[target][0] == "hip"
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": num_warps(hip)})
