@@ -32,9 +32,9 @@ HEAD = """# Optimizers
 - **class**: what an update must know of the whole: E nothing (elementwise), N sums over each parameter, R sums over its
   rows or columns, G sums over the whole model.
 - **state**: bytes per fp32 parameter of a matrix ({size} x {size}); of a vector, where that differs.
-- **all-reduces**: a step's, for matrices and vectors together, whatever their number. `max_grad_norm` and `cautious` add
-  one each, `shard_group` the gather of updated rows.
-- **loss**: of the demo's GPT (0.87 M parameters) in nats per byte, mean of the first and of the last ten of {steps} steps
+- **all-reduces**: a step's, for matrices and vectors together, whatever their number. `max_grad_norm` and `cautious`
+  add one each, `shard_group` the gather of updated rows.
+- **loss**: of the demo's GPT (0.87 M parameters) in nats per byte, mean of the first and the last ten of {steps} steps
   from the starting point below, 20 steps of warm-up and then a constant learning rate: `python -m benchmarks.starts`.
   None was tuned: it shows that the starting point trains, not which optimizer is best.
 

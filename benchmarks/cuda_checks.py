@@ -9,9 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from oput_dist.kernels.boxed import boxed
 from oput_dist.kernels.grouped import grouped, segmented_sum
 
-from .checks import SHAPES, STEPS, Result, Setup, give_gradients, groups, reference_step, snapshot, tensors, worst
+from .checks import (
+    LOSS,
+    SHAPES,
+    STEPS,
+    Result,
+    Setup,
+    give_gradients,
+    groups,
+    kept,
+    reference_step,
+    snapshot,
+    tensors,
+    worst,
+)
 from .variants import LR, Variant
 
 __all__ = ["no_synchronization", "one_rank", "schedule_compiles_nothing"]
@@ -38,8 +52,8 @@ def one_rank(variant: Variant, setup: Setup, layout: str) -> Result:
         x = torch.randn(64, 33, device=setup.device, dtype=setup.dtype)
         (model(x).square().sum() * (step + 1)).backward()
         before = snapshot(optimizer, params)
-        wanted = reference_step(variant, before, params, LR)
-        optimizer.step()
+        wanted = reference_step(variant, before, kept(optimizer), params, LR)
+        optimizer.run(None, LOSS)
         error = max(error, worst(setup, variant, before, snapshot(optimizer, params), wanted))
     return Result(error, f"{dist.get_backend()}, {type(params[0].data).__name__}")
 
@@ -54,14 +68,14 @@ def _join(setup: Setup) -> None:
 def no_synchronization(variant: Variant, setup: Setup) -> Result:
     """A step must never wait for the GPU, whichever gradients are missing and whatever lr is."""
     for lr in (LR, torch.tensor(LR), torch.tensor(LR, device=setup.device)):
-        params = tensors(setup, SHAPES)
+        params, loss = tensors(setup, SHAPES), torch.tensor(LOSS, device=setup.device)
         optimizer = variant.build(groups(params, LR), backend=setup.backend, lr=lr)
         for step, absent in enumerate((None, 2, None, 2, None)):
             give_gradients(params, step, absent)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
             try:
-                optimizer.step()
+                optimizer.run(None, loss)
             except RuntimeError as error:
                 if "synchroniz" not in str(error):
                     raise
@@ -91,4 +105,4 @@ def schedule_compiles_nothing(variant: Variant, setup: Setup) -> Result:
 
 def _compiled() -> int:
     """Kernels that Triton holds compiled in this process."""
-    return sum(len(cache[0]) for kernel in (grouped, segmented_sum) for cache in kernel.device_caches.values())
+    return sum(len(cache[0]) for kernel in (boxed, grouped, segmented_sum) for cache in kernel.device_caches.values())

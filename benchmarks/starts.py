@@ -50,7 +50,7 @@ def run(name: str, steps: int) -> dict[str, Any]:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows]
+    losses = [row["loss"] for row in rows if "loss" in row]
     return {
         "optimizer": oput.lookup(name).__name__,
         "start": start,

@@ -86,7 +86,7 @@ RULE_TRAFFIC = {
     "factored_apply": (2, 1),
     "adamp_plain": (4, 3),
     "adamp_moments": (4, 2),  # p, g, m, v -> m, v
-    "adamp_apply": (3, 1),  # p, m, v -> p
+    "adamp_apply": (4, 1),
     "sgdp_plain": (3, 2),
     "sgdp_momentum": (3, 1),  # p, g, b -> b
     "sgdp_apply": (3, 1),
@@ -107,9 +107,13 @@ RULE_TRAFFIC = {
     "apollo_products_belief": (4, 0),
     "schedule_free_sgd": (3, 2),
     "schedule_free_adamw": (4, 3),
-    "sm3_vector": (4, 3),
+    "sm3_vector": (3, 2),
+    "sm3_vector_momentum": (4, 3),
     "sm3_measure": (1, 0),
-    "sm3_apply": (3, 2),
+    "sm3_apply": (2, 1),
+    "sm3_apply_momentum": (3, 2),
+    "lamb_apply agreement": (4, 0),  # the gradient too, for the sign
+    "lamb_apply cautious": (4, 1),
 }
 """Tensors read and written for each element. A new rule adds its line; with L2 decay a line of its own where that reads
 the parameter beside the rule."""

@@ -13,7 +13,7 @@ from oput_dist.backends import Stack
 from oput_dist.backends.boxes import view_of
 from oput_dist.engine.recipe import Recipe, prologue_of
 from oput_dist.kernels.math import square_terms
-from oput_dist.kernels.stage import WHOLE, Agreement, Cautious, Measure, Prologue, Stage, measures
+from oput_dist.kernels.stage import WHOLE, Agreement, Cautious, Joint, Measure, Prologue, Stage, measures
 from oput_dist.optimizers import OPTIMIZERS
 
 from .traffic import RULE_TRAFFIC
@@ -98,9 +98,19 @@ class Variant:
         return " ".join([self.optimizer, *(f"{k}={v}" for k, v in self.options.items())])
 
     @property
+    def exchanges(self) -> bool:
+        """Whether one of its stages sums over parameters."""
+        return any(measures(program.stage) for program in self.programs())
+
+    @property
+    def joint(self) -> bool:
+        """Whether its step follows from sums over the whole model."""
+        return any(isinstance(program.stage.given, Joint) for program in self.programs())
+
+    @property
     def measures(self) -> bool:
         """Whether it sums over parameters, so that the order of summation shows in the last bits."""
-        return "max_grad_norm" in self.options or any(measures(p.stage) for p in self.programs())
+        return "max_grad_norm" in self.options or self.exchanges
 
     def build(self, params: Any, **extra: Any) -> oput.Optimizer:
         """The optimizer for ``params``; a group may override ``lr``."""
@@ -157,22 +167,26 @@ class Program(NamedTuple):
         flags = (
             [f"decay={decay}"] * (decay != "none") + ["maximize"] * self.prologue.maximize + ["scaled"] * self.scaled
         )
-        caution = {Agreement: ["agreement"], Cautious: ["cautious"]}.get(type(self.stage), [])
-        return " ".join([self.stage.rule.__name__, *caution, *["boxed"] * (self.boxed is not None), *flags])
+        words = [CAUTION.get(type(self.stage), ""), "boxed" if self.boxed is not None else ""]
+        return " ".join([self.stage.rule.__name__, *filter(None, words), *flags])
 
     def traffic(self) -> tuple[int, int]:
         """How many tensors the stage must read and write for each element: the minimum that memory sees.
 
         The dictionary is the reckoning by hand that the machine code is compared with: a new rule adds its line.
         """
-        rule = self.stage.rule.__name__
-        return RULE_TRAFFIC.get(f"{rule} decay={self.prologue.decay.name.lower()}", RULE_TRAFFIC[rule])
+        rule, caution = self.stage.rule.__name__, CAUTION.get(type(self.stage), "")
+        keys = (f"{rule} {caution}", f"{rule} decay={self.prologue.decay.name.lower()}", rule)
+        reads, writes = next(RULE_TRAFFIC[key] for key in keys if key in RULE_TRAFFIC)
+        return reads, 0 if isinstance(self.stage, Agreement) else writes
 
 
+CAUTION: dict[type, str] = {Agreement: "agreement", Cautious: "cautious"}
 ROOTED = {  # state that comes from square roots
     "rangerqh": ("slow_buffer",),
     "rangerva": ("slow_buffer",),
     "adamod": ("exp_avg_lr",),
+    "adamwschedulefree": ("z",),
     "adopt": ("exp_avg",),
     "laprop": ("exp_avg",),
     "rmsprop": ("momentum_buffer",),

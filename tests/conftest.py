@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts its threads: the machine is shared with the ranks
 
 import pytest
 
 from tests import pool as pool_module
+from tests.matrix import Tally
+
+TALLY = Tally()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        TALLY.add(report.nodeid, report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How often each optimizer was checked, after a run of everything."""
+    if lines := TALLY.lines():
+        terminalreporter.section("checks of each optimizer")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -94,26 +94,76 @@ def error_of(case: Case, layout: str, wanted: Snapshot, got: Measured) -> float:
     return float(worst)
 
 
-def cell(case: Case, layout: str, ranks: list[Measured]) -> str:
-    raised = next((rank.raised for rank in ranks if rank.raised), "")
-    if raised:
-        return "raises"
+@dataclass
+class Cell:
+    """What all ranks of one run came to."""
+
+    raised: bool
+    error: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    collectives: int = 0
+
+    @property
+    def short(self) -> str:
+        """The error alone."""
+        return "raises" if self.raised else "exact" if self.error == 0 else f"{self.error:.0e}"
+
+    def __str__(self) -> str:
+        least, most = self.size
+        held = str(least) if least == most else f"{least}-{most}"
+        return self.short if self.raised else f"{self.short}, {held} B, {self.collectives}"
+
+
+def cell(case: Case, layout: str, ranks: list[Measured]) -> Cell:
+    if any(rank.raised for rank in ranks):
+        return Cell(True)
     wanted = reference(Key(case), torch.float32, LAYOUTS[layout].skips, LAST + 1)
     error = max(error_of(case, layout, wanted, rank) for rank in ranks)
-    size = "-".join(str(n) for n in sorted({min(r.state_bytes for r in ranks), max(r.state_bytes for r in ranks)}))
-    calls = max(rank.collectives for rank in ranks)
-    return f"{'exact' if error == 0 else f'{error:.0e}'}, {size} B, {calls}"
+    sizes = [rank.state_bytes for rank in ranks]
+    return Cell(False, error, (min(sizes), max(sizes)), max(rank.collectives for rank in ranks))
 
 
-def table(cases: list[Case]) -> list[str]:
-    names = [case.optimizer.rpartition(".")[2] for case in cases]
-    lines = [f"| layout | ranks | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+Results = dict[str, dict[int, dict[str, Cell]]]
+"""By layout, number of ranks, and optimizer."""
+
+
+def measured(cases: list[Case]) -> Results:
+    results: Results = {}
     pool = Pool()
     for layout, n in track([*WORLDS, *WRAPPED_WORLDS], description="layouts"):
-        reports = pool.run(n, on_rank, layout, cases, timeout=300.0)
+        reports = pool.run(n, on_rank, layout, cases, timeout=600.0)
         cells = [cell(case, layout, list(ranks)) for case, ranks in zip(cases, zip(*reports, strict=True), strict=True)]
-        lines.append(f"| {layout} | {n} | {' | '.join(cells)} |")
+        results.setdefault(layout, {})[n] = dict(zip(map(called, cases), cells, strict=True))
     pool.close()
+    return results
+
+
+def called(case: Case) -> str:
+    return case.optimizer.rpartition(".")[2]
+
+
+def worst(cells: list[Cell]) -> str:
+    """The error of the worst of some runs."""
+    return max(cells, key=lambda c: (c.raised, c.error)).short
+
+
+def summary(results: Results, names: list[str]) -> list[str]:
+    """One line for each optimizer: the worst error under each layout, whatever the number of ranks."""
+    lines = [f"| optimizer | {' | '.join(results)} |", "| --- " * (len(results) + 1) + "|"]
+    for name in names:
+        row = [worst([cells[name] for cells in worlds.values()]) for worlds in results.values()]
+        lines.append(f"| `{name}` | {' | '.join(row)} |")
+    return lines
+
+
+def details(results: Results, names: list[str]) -> list[str]:
+    """A table for each layout: a line for each optimizer, a column for each number of ranks."""
+    lines = []
+    for layout, worlds in results.items():
+        head = " | ".join(f"{n} rank" if n == 1 else f"{n} ranks" for n in worlds)
+        lines += [f"### {layout}: {WHAT[layout]}", "", f"| optimizer | {head} |", "| --- " * (len(worlds) + 1) + "|"]
+        lines += [f"| `{name}` | {' | '.join(str(cells[name]) for cells in worlds.values())} |" for name in names]
+        lines.append("")
     return lines
 
 
@@ -123,29 +173,29 @@ def main() -> None:
     cases = sorted({case.optimizer: case for case in ONE_EACH}.values(), key=lambda case: case.optimizer.lower())
     plain = Plain().start(start_values(torch.float32))
     elements = sum(p.numel() for p in plain.values())
+    results, names = measured(cases), [called(case) for case in cases]
     text = [
         "# Conformance",
         "",
         f"The same seeded gradients in one process and on several ranks: {LAST + 1} steps, {len(plain)} parameters of "
-        f"{elements} fp32 elements, from 0-d to convolutions, with uneven and empty pieces. Each cell: the largest "
-        "error of a parameter relative to its largest change (`exact`: equal to the last bit), bytes of state on a "
-        "rank (least and most), collectives in a step.",
+        f"{elements} fp32 elements, from 0-d to convolutions, with uneven and empty pieces. The largest error of a "
+        "parameter relative to its largest change; `exact`: equal to the last bit. Here the worst number of ranks, "
+        "below each of them, with bytes of state on a rank (least and most) and the collectives of a step.",
         "",
         "Written by `python -m tests.table`. The tests (`tests/test_conformance.py`) run more: several settings of "
         "every optimizer, fp64 and bf16, gradients that are missing on all ranks or on one, state and counters "
         "compared too; limits are 0 for elementwise optimizers and 1e-6 for the others. CI runs all of them.",
         "",
-        *table(cases),
+        *summary(results, names),
         "",
-        "| layout | what it is |",
-        "| --- | --- |",
-        *[f"| {name} | {what} |" for name, what in WHAT.items() if name in LAYOUTS],
+        "Collectives: one all-reduce for each process group and boundary between stages, one more where a boundary "
+        "has maxima beside sums, and with `shard_group=` the gather of updated rows. The mixture and 2-d meshes have "
+        "several groups. Gradients of parameters that tensor parallelism replicates may arrive as partial sums; adding "
+        "them up is counted too.",
         "",
-        "Collectives: one all-reduce for each process group and boundary between stages, and with `shard_group=` the "
-        "gather of updated rows. The mixture and 2-d meshes have several groups. Gradients of parameters that tensor "
-        "parallelism replicates may arrive as partial sums; adding them up is counted too.",
+        *details(results, names),
     ]
-    OUT.write_text("\n".join(text) + "\n")
+    OUT.write_text("\n".join(text).rstrip() + "\n")
     print(OUT)
 
 

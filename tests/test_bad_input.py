@@ -81,7 +81,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("name", "options", "message"), BAD, ids=lambda value: str(value)[:40])
 def test_hyperparameters(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        create(name, parameters(), **options)
+        oput.create(name, parameters(), **options)
     message_of(error.value)
 
 

@@ -18,17 +18,7 @@ from oput_dist.backends import interpreting
 
 CPU = torch.device("cpu")
 CLIPPED = {"weight_decay": 0.1, "maximize": True, "max_grad_norm": MAX_NORM}
-EVERY_RULE = [
-    Variant("sgd", CLIPPED),
-    Variant("sgd", {"momentum": 0.9}),
-    Variant("sgd", {"momentum": 0.9, "nesterov": True}),
-    Variant("adam", {"amsgrad": True}),
-    Variant("adamw"),
-    Variant("adan"),
-    Variant("lion"),
-    Variant("lamb", CLIPPED),
-    Variant("stableadamw"),
-]
+PLAIN = [variant for variant in variants() if not variant.options]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +56,12 @@ def test_every_variant_as_eager(interpreter: Executor) -> None:
 
 def test_fp64(interpreter: Executor) -> None:
     cases = (Variant("adan"), Variant("lamb", CLIPPED), Variant("stableadamw"), Variant("sgd", {"momentum": 0.9}))
+    cases += (Variant("adafactor"), Variant("came"), Variant("ranger21"), Variant("adamwschedulefree"))
     run(interpreter, checks.same_as_eager, *((variant, Setup(CPU, torch.float64)) for variant in cases))
 
 
-def test_every_rule_in_bf16(interpreter: Executor) -> None:
-    run(interpreter, checks.accuracy, *((variant, Setup(CPU, torch.bfloat16)) for variant in EVERY_RULE))
+def test_every_optimizer_in_bf16(interpreter: Executor) -> None:
+    run(interpreter, checks.accuracy, *((variant, Setup(CPU, torch.bfloat16)) for variant in PLAIN))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +88,11 @@ def test_repeatable(interpreter: Executor) -> None:
 def test_sums(interpreter: Executor) -> None:
     run(interpreter, checks.exact_sums, (Setup(CPU), 100_000), (Setup(CPU, torch.float64), 20_000))
     run(interpreter, checks.segments, (Setup(CPU), 5_000))
+
+
+def test_sums_of_boxes(interpreter: Executor) -> None:
+    run(interpreter, checks.kept_sums, *((Setup(CPU), shape) for shape in checks.BOXES))
+    run(interpreter, checks.kept_sums, (Setup(CPU, torch.float64), checks.BOXES[1]))
 
 
 def test_the_checks_can_fail(interpreter: Executor) -> None:

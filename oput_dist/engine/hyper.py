@@ -1,31 +1,47 @@
-"""Checks of hyperparameters: what is allowed, said in one place, raised before anything changes."""
+"""Hyperparameters: what is allowed, said by the types of a signature and checked before anything changes."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
+import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 __all__ = [
+    "Allowed",
+    "Betas",
+    "Betas3",
+    "BetasN",
     "Check",
-    "betas",
+    "Fraction",
+    "Nonnegative",
+    "NonnegativeInteger",
+    "Nonpositive",
+    "Number",
+    "Positive",
+    "PositiveInteger",
+    "Share",
+    "betas3",
     "boolean",
     "check_group",
+    "check_of",
+    "each",
     "fraction",
+    "hyperparameters",
     "nearest",
     "nonnegative",
-    "nonnegative_integer",
-    "nonpositive",
     "number",
-    "one_of",
     "optional",
     "positive",
     "positive_integer",
     "share",
+    "signature_checks",
 ]
 
 Check = Callable[[Any], "str | None"]
@@ -81,8 +97,9 @@ def nonnegative_integer(value: Any) -> str | None:
     return None if value == 0 and not isinstance(value, bool) else positive_integer(value) and "an integer >= 0"
 
 
-def one_of(*words: str | None) -> Check:
+def one_of(words: Iterable[str | None]) -> Check:
     """One of some words, or None if it is among them."""
+    words = tuple(words)
     text = " or ".join(map(repr, words))
     return lambda value: None if (value is None or isinstance(value, str)) and value in words else text
 
@@ -92,20 +109,82 @@ def boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else "True or False"
 
 
-def betas(count: int) -> Check:
-    """A sequence of ``count`` decay rates in [0, 1), each the weight of the old value."""
+def each(check: Check, text: str, count: int | None = None) -> Check:
+    """A sequence of ``count`` values (one or more by default) that ``check`` allows; ``text`` says so."""
 
-    def check(value: Any) -> str | None:
-        ok = isinstance(value, (tuple, list)) and len(value) == count and all(fraction(b) is None for b in value)
-        return None if ok else f"a tuple of {count} numbers in [0, 1)"
+    def check_each(value: Any) -> str | None:
+        fits = isinstance(value, (tuple, list)) and (len(value) > 0 if count is None else len(value) == count)
+        return None if fits and all(check(one) is None for one in value) else text
 
-    return check
+    return check_each
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What an annotated type allows: ``Annotated[float, Allowed(check)]``."""
+
+    check: Check
+
+
+# The types of hyperparameters. ``X | None`` allows None too; ``bool`` and ``Literal`` need no mark.
+
+Number = Annotated[float, Allowed(number)]
+Nonnegative = Annotated[float, Allowed(nonnegative)]
+Positive = Annotated[float, Allowed(positive)]
+Nonpositive = Annotated[float, Allowed(nonpositive)]
+Fraction = Annotated[float, Allowed(fraction)]
+Share = Annotated[float, Allowed(share)]
+PositiveInteger = Annotated[int, Allowed(positive_integer)]
+NonnegativeInteger = Annotated[int, Allowed(nonnegative_integer)]
+Betas = Annotated[tuple[float, float], Allowed(each(fraction, "a tuple of 2 numbers in [0, 1)", 2))]
+"""Two decay rates, each the weight of the old value."""
+betas3 = each(fraction, "a tuple of 3 numbers in [0, 1)", 3)
+Betas3 = Annotated[tuple[float, float, float], Allowed(betas3)]
+BetasN = Annotated[tuple[float, ...], Allowed(each(fraction, "a tuple of one or more numbers in [0, 1)"))]
+
+
+def check_of(annotation: Any) -> Check | None:
+    """The check that an annotation says, if it says one."""
+    if annotation is bool:
+        return boolean
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return one_of(args)
+    if origin is Annotated:
+        return next((mark.check for mark in args[1:] if isinstance(mark, Allowed)), None)
+    if origin in (Union, types.UnionType) and len(args) == 2 and type(None) in args:
+        check = check_of(next(arg for arg in args if arg is not type(None)))
+        return check if check is None or check(None) is None else optional(check)
+    return None
+
+
+@functools.cache
+def signature_checks(kind: type) -> Mapping[str, Check]:
+    """The checks that the signature of a class's ``__init__`` says, and those of its bases, which come first."""
+    checks: dict[str, Check] = {}
+    for base in reversed(kind.__mro__):
+        annotations = get_type_hints(base.__init__, include_extras=True) if "__init__" in vars(base) else {}  # type: ignore[misc]
+        found = {name: check_of(annotation) for name, annotation in annotations.items()}
+        checks.update({name: check for name, check in found.items() if check is not None})
+    return checks
+
+
+def hyperparameters(given: Mapping[str, Any], *without: str) -> dict[str, Any]:
+    """The hyperparameters among the ``locals()`` of an ``__init__``, in the order of its signature.
+
+    Args:
+        given: ``locals()``, before anything else is assigned but arguments themselves: a derived value goes under the
+            name of its argument.
+        without: what groups do not have: an argument from which others follow, or another variable.
+    """
+    beside = ("self", "params", "common", *without)
+    return {name: value for name, value in given.items() if name not in beside and not name.startswith("__")}
 
 
 def check_group(owner: str, group: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     """Raise ValueError for the first hyperparameter of ``group`` that is out of range."""
     for name, check in checks.items():
-        allowed = check(group[name])
+        allowed = check(group[name]) if name in group else None
         if allowed is not None:
             raise ValueError(f"{owner}: {name}={group[name]!r} is not allowed: must be {allowed}")
 

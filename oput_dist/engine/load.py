@@ -200,9 +200,9 @@ def _check_counters(owner: str, entries: Iterable[_Entry]) -> None:
 def _once_kept(optimizer: Any, group: Group, slot: Slot) -> set[str]:
     """State that this optimizer keeps with other options, which may have been switched off since it was saved."""
     names: set[str] = set()
-    for key, check in optimizer.checks.items():
+    for key, check in optimizer.ranges().items():
         for value in (True, False, None, 0.5):
-            if check(value) is None:
+            if key in group and check(value) is None:
                 recipe = optimizer.recipe({**group, key: value}, slot.layout.shape)
                 names.update(recipe.state, (name for name, _ in recipe.vectors))
     return names

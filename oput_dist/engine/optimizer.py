@@ -16,7 +16,7 @@ from oput_dist.backends import BACKENDS, check_backend
 from oput_dist.kernels.stage import Update
 from oput_dist.layout import clean_name, is_flattened
 
-from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive
+from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive, signature_checks
 from .load import load_state_dict
 from .model import Model, check_not_replaced
 from .plan import Plan
@@ -75,8 +75,9 @@ _GROUP_COMMON: dict[str, Check] = {
     "decouple_lr": boolean,
     "max_lr": optional(positive),
     "maximize": boolean,
+    "cautious": boolean,
 }
-_LATER: dict[str, Check] = {"cautious": boolean}
+_LATER = ("cautious",)
 """Options that came after the first format: a group has them only where they are set, so that what was saved without
 them loads, also through ``torch.distributed.checkpoint``, which asks for every key of a group."""
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -105,7 +106,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         skipped: steps that were left out because a gradient was not finite.
-        checks: what each hyperparameter of a group must satisfy, beyond the common ones.
+        checks: what hyperparameters must satisfy that no type of the signature of ``__init__`` says.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
@@ -160,11 +161,17 @@ class Optimizer(torch.optim.Optimizer):
     def validate(self, group: Group) -> None:
         """Raise ValueError for the first hyperparameter of a group that is out of range."""
         owner = type(self).__name__
-        later = {name: check for name, check in _LATER.items() if name in group}
-        check_group(owner, group, {**_GROUP_COMMON, **self.checks, **later})
+        check_group(owner, group, _GROUP_COMMON)
+        check_group(owner, group, self.ranges())
         self.check(group)
         if group["decouple_lr"] and group["max_lr"] is None and float(group["lr"]) == 0:
             raise ValueError(f"{owner}: decouple_lr=True with lr=0: give max_lr, the largest rate of the schedule")
+
+    @classmethod
+    def ranges(cls) -> Mapping[str, Check]:
+        """What hyperparameters must satisfy, by name: as the signatures of ``__init__`` say, then ``checks``."""
+        said = signature_checks(cls)  # type: ignore[arg-type]  # cached, and classes are hashable
+        return {**said, **cls.checks} if cls.checks else said
 
     def check(self, group: Group) -> None:
         """Raise ValueError if the hyperparameters of a group do not go together."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -24,7 +26,7 @@ from oput_dist.kernels.stage import (
     measures,
 )
 
-__all__ = ["Group", "Recipe", "Shape", "decay_rate", "decay_scalar", "prologue_of", "vector_shape"]
+__all__ = ["Group", "Recipe", "Shape", "decay_rate", "decay_scalar", "prologue_of", "row_of", "vector_shape"]
 
 Group = Mapping[str, Any]
 """A parameter group, lr and all."""
@@ -92,6 +94,16 @@ class Recipe:
         last = self.stages[-1]
         assert isinstance(last, (Update, Apply))
         return replace(self, stages=(*self.stages[:-1], Agreement(last), Cautious(last)))
+
+
+@functools.cache  # so that rules are compiled once; the name is part of what compilers know a class by
+def _row(names: tuple[str, ...]) -> Any:
+    return namedtuple(f"row_{'_'.join(names)}", names)
+
+
+def row_of(**values: Any) -> Any:
+    """``h``, the row of scalars that rules see, as a named tuple: the same type for the same names in any order."""
+    return _row(tuple(sorted(values)))(**values)
 
 
 def vector_shape(shape: Shape, axes: Axes) -> tuple[int, ...]:

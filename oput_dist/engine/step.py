@@ -249,6 +249,7 @@ class Step:
         rows: dict[tuple[int, int], int] = {}
         which = [rows.setdefault((slot.group, self._steps.get(slot, 1)), len(rows)) for slot in slots]
         named = [self._scalars(self._groups[group], step) for group, step in rows]
+        assert len({type(h) for h in named}) == 1, "scalars of one recipe must have the same names at every step"
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         return Scalars(type(named[0]), values, which, slots[0].device)
 

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import fraction, nonnegative, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import WHOLE, Decay, Measure, Update, Vectors
 
 __all__ = ["A2GradExp", "A2GradInc", "A2GradUni"]
-
-
-class A2GradScalars(NamedTuple):
-    beta: float
-    lips: float
-    rho: float
-    first: float
-    """1 at the first step, else 0."""
-    weight: float
-    """Of the new gradient in the mean of all so far."""
-    before: float
-    """The share of the anchor in the last step's interpolation, 1 at the first."""
-    share: float
-    """The same of this step."""
 
 
 @rule
@@ -48,26 +34,26 @@ def a2grad(p, g, state, h, c):
     return lerp(p, x, h.share) - (1.0 - h.share) * h.before * move, (x, mean)
 
 
-def _length(h: A2GradScalars, step: Any, noise: Any) -> Any:
+def _length(h: Any, step: Any, noise: Any) -> Any:
     """The length of the step against the gradient."""
     return 1.0 / (2.0 * h.lips / step.clamp(min=1.0) + h.beta * noise)
 
 
-def a2grad_uni(sums: Any, vectors: Any, h: A2GradScalars) -> tuple[Any, Any]:
+def a2grad_uni(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The noise is the root of the sum of all deviations."""
     deviation, _count, step = sums
     v = vectors[0] + deviation
     return (v,), (_length(h, step, v.sqrt()),)
 
 
-def a2grad_inc(sums: Any, vectors: Any, h: A2GradScalars) -> tuple[Any, Any]:
+def a2grad_inc(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """Likewise, with weights that grow like the square of the step."""
     deviation, _count, step = sums
     v = vectors[0] * (1.0 - 1.0 / step.clamp(min=1.0)) ** 2 + deviation
     return (v,), (_length(h, step, v.sqrt()),)
 
 
-def a2grad_exp(sums: Any, vectors: Any, h: A2GradScalars) -> tuple[Any, Any]:
+def a2grad_exp(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The noise follows from the largest moving average of the deviations."""
     deviation, _count, step = sums
     average = torch.lerp(vectors[0], deviation, 1.0 - h.rho)
@@ -78,7 +64,6 @@ def a2grad_exp(sums: Any, vectors: Any, h: A2GradScalars) -> tuple[Any, Any]:
 class A2Grad(Optimizer):
     """What the three have in common."""
 
-    checks: ClassVar = {"beta": nonnegative, "lips": positive}
     length: ClassVar[Callable[..., Any]]
     averages: ClassVar[tuple[str, ...]] = ("v_k",)
 
@@ -87,13 +72,17 @@ class A2Grad(Optimizer):
         return Recipe(stages, ("x_k", "avg_grad"), Decay.L2, tuple((name, WHOLE) for name in self.averages))
 
     def scalars(self, group: Group, step: int) -> Any:
-        return A2GradScalars(
+        return row_of(
             beta=group["beta"],
             lips=group["lips"],
             rho=group.get("rho", 0.0),
+            # 1 at the first step, else 0.
             first=float(step == 1),
+            # Of the new gradient in the mean of all so far.
             weight=1 / step,
+            # The share of the anchor in the last step's interpolation, 1 at the first.
             before=2 / (step + 1),
+            # The same of this step.
             share=2 / (step + 2),
         )
 
@@ -138,13 +127,13 @@ class A2GradUni(A2Grad):
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        beta: float = 10.0,
-        lips: float = 10.0,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1.0,
+        beta: Nonnegative = 10.0,
+        lips: Positive = 10.0,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "beta": beta, "lips": lips, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
 
 class A2GradInc(A2GradUni):
@@ -203,19 +192,17 @@ class A2GradExp(A2Grad):
     Paper: Deng, Cheng & Lan, https://arxiv.org/abs/1810.00553.
     """
 
-    checks: ClassVar = {**A2Grad.checks, "rho": fraction}
     length: ClassVar = staticmethod(a2grad_exp)
     averages: ClassVar = ("v_kk", "v_k")
 
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        beta: float = 10.0,
-        lips: float = 10.0,
-        rho: float = 0.5,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1.0,
+        beta: Nonnegative = 10.0,
+        lips: Positive = 10.0,
+        rho: Fraction = 0.5,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "beta": beta, "lips": lips, "rho": rho, "weight_decay": weight_decay}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["AccSGD"]
-
-
-class AccSGDScalars(NamedTuple):
-    short: float
-    """The learning rate."""
-    long: float
-    """The long step."""
-    weight: float
-    """Of the newest long step in the average."""
-    nearness: float
-    """The share of the short step in the new parameter; the rest is the average's."""
-    first: float
 
 
 @rule
@@ -65,20 +53,17 @@ class AccSGD(Optimizer):
     Paper: Kidambi et al., https://arxiv.org/abs/1803.05591.
     """
 
-    checks: ClassVar = {"kappa": positive, "xi": positive, "small_const": positive}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        kappa: float = 1000.0,
-        xi: float = 10.0,
-        small_const: float = 0.7,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        kappa: Positive = 1000.0,
+        xi: Positive = 10.0,
+        small_const: Positive = 0.7,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "kappa": kappa, "xi": xi, "small_const": small_const, "weight_decay": weight_decay}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def check(self, group: Group) -> None:
         kappa, xi, small = group["kappa"], group["xi"], group["small_const"]
@@ -94,4 +79,14 @@ class AccSGD(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         lr, kappa, small = group["lr"], group["kappa"], group["small_const"]
         weight = small**2 * group["xi"] / kappa
-        return AccSGDScalars(lr, lr * kappa / small, weight, small / (small + weight), float(step == 1))
+        return row_of(
+            # The learning rate.
+            short=lr,
+            # The long step.
+            long=lr * kappa / small,
+            # Of the newest long step in the average.
+            weight=weight,
+            # The share of the short step in the new parameter; the rest is the average's.
+            nearness=small / (small + weight),
+            first=float(step == 1),
+        )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, lerp
 from oput_dist.kernels.stage import Decay, Update
@@ -18,19 +17,6 @@ from .advice import warn_once
 from .radam import rectified
 
 __all__ = ["AdaBelief"]
-
-
-class AdaBeliefScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    added: float
-    """To the variance, at every step: the hyperparameter eps."""
-    root: float
-    eps: float
-    """The divisor is the root of the variance times ``root``, and ``eps``; 0 and 1 for a step of momentum SGD."""
-    keep: float
-    """What fixed decay leaves of the parameter."""
 
 
 @rule
@@ -93,19 +79,13 @@ class AdaBelief(Optimizer):
     Paper: Zhuang et al., https://arxiv.org/abs/2010.07468.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": nonnegative,
-        **dict.fromkeys(("amsgrad", "weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"), boolean),
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-16,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-16,
+        weight_decay: Nonnegative = 0.0,
         amsgrad: bool = False,
         weight_decouple: bool = True,
         fixed_decay: bool = False,
@@ -113,18 +93,7 @@ class AdaBelief(Optimizer):
         degenerated_to_sgd: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "weight_decouple": weight_decouple,
-            "fixed_decay": fixed_decay,
-            "rectify": rectify,
-            "degenerated_to_sgd": degenerated_to_sgd,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def complete(self, group: dict[str, Any]) -> None:
         super().complete(group)
@@ -154,4 +123,15 @@ class AdaBelief(Optimizer):
         if group["rectify"]:
             lr, root, eps = rectified(group, step, warm=float(group["degenerated_to_sgd"]))
         keep = 1.0 - group["weight_decay"] if group["fixed_decay"] else 1.0
-        return AdaBeliefScalars(lr, 1 - beta1, 1 - beta2, group["eps"], root, eps, keep)
+        return row_of(
+            lr=lr,
+            weight1=1 - beta1,
+            weight2=1 - beta2,
+            # To the variance, at every step: the hyperparameter eps.
+            added=group["eps"],
+            root=root,
+            # The divisor is the root of the variance times ``root``, and ``eps``; 0 and 1 for a step of momentum SGD.
+            eps=eps,
+            # What fixed decay leaves of the parameter.
+            keep=keep,
+        )

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative, optional, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_least, at_most
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["AdaBound"]
-
-
-class AdaBoundScalars(NamedTuple):
-    lr: float
-    """With both bias corrections."""
-    weight1: float
-    weight2: float
-    eps: float
-    low: float
-    high: float
 
 
 @rule
@@ -83,39 +72,20 @@ class AdaBound(Optimizer):
     Paper: Luo et al., https://arxiv.org/abs/1902.09843.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "final_lr": nonnegative,
-        "gamma": positive,
-        "eps": nonnegative,
-        "amsbound": boolean,
-        "base_lr": optional(positive),
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        final_lr: float = 0.1,
-        gamma: float = 1e-3,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        final_lr: Nonnegative = 0.1,
+        gamma: Positive = 1e-3,
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         amsbound: bool = False,
-        base_lr: float | None = None,
+        base_lr: Positive | None = None,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "final_lr": final_lr,
-            "gamma": gamma,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsbound": amsbound,
-            "base_lr": base_lr,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def check(self, group: Group) -> None:
         if group["base_lr"] is None and float(group["lr"]) == 0:
@@ -134,7 +104,8 @@ class AdaBound(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
         final = group["lr"] * (group["final_lr"] / group["base_lr"])
-        return AdaBoundScalars(
+        return row_of(
+            # With both bias corrections.
             lr=group["lr"] * (math.sqrt(1 - beta2**step) / (1 - beta1**step)),
             weight1=1 - beta1,
             weight2=1 - beta2,

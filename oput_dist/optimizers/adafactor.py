@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import nonpositive, optional, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Allowed, Nonnegative, Nonpositive, Positive, hyperparameters, optional, positive
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, lerp
 from oput_dist.kernels.stage import WHOLE, Apply, Factors, Measure, Vectors
@@ -16,21 +16,14 @@ from oput_dist.kernels.stage import WHOLE, Apply, Factors, Measure, Vectors
 __all__ = ["Adafactor"]
 
 
-class AdafactorScalars(NamedTuple):
-    rho: float
-    """The learning rate, at most one over the square root of the step."""
-    lr: float
-    beta2_decay: float
-    weight: float
-    """Of the new square in the second moment: the step to the power of ``beta2_decay``."""
-    floor: float
-    """The least second moment."""
-    eps1: float
-    eps2: float
-    d: float
-    keep: float
-    """What decay leaves of the parameter."""
+def floors(value: Any) -> str | None:
+    """Two least values, of which the first may be left to the dtype."""
+    ok = isinstance(value, (tuple, list)) and len(value) == 2
+    ok = ok and optional(positive)(value[0]) is None and positive(value[1]) is None
+    return None if ok else "(eps1, eps2), each a finite number > 0; eps1 may be None"
 
+
+Floors = Annotated[tuple[float | None, float], Allowed(floors)]
 
 # Vectors and scalars: the whole second moment is kept.
 
@@ -75,7 +68,7 @@ def factored_squares(p, g, state, h):
     return state, (g * g, g * g, p * p)
 
 
-def factored_moments(sums: Any, vectors: Any, h: AdafactorScalars) -> tuple[Any, Any]:
+def factored_moments(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """New row and column means; the factors of the second moment, and the scale of the parameter."""
     rows, columns, p_squares, count, step = sums
     weight = step.clamp(min=1.0) ** h.beta2_decay
@@ -93,7 +86,7 @@ def factored_measure(p, g, state, h, c):
     return state, (u * u,)
 
 
-def factored_step(sums: Any, vectors: Any, h: AdafactorScalars) -> tuple[Any, Any]:
+def factored_step(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The step size, relative to the scale of the parameter."""
     u_squares, count, step = sums
     rms = (u_squares / count.clamp(min=1.0)).sqrt()
@@ -144,29 +137,17 @@ class Adafactor(Optimizer):
     Paper: Shazeer and Stern, https://arxiv.org/abs/1804.04235.
     """
 
-    checks: ClassVar = {"beta2_decay": nonpositive, "d": positive}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-2,
-        beta2_decay: float = -0.8,
-        eps: tuple[float | None, float] = (None, 1e-3),
-        d: float = 1.0,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-2,
+        beta2_decay: Nonpositive = -0.8,
+        eps: Floors = (None, 1e-3),
+        d: Positive = 1.0,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
-        super().__init__(params, defaults, common)
-
-    def check(self, group: Group) -> None:
-        eps = group["eps"]
-        fits = isinstance(eps, (tuple, list)) and len(eps) == 2
-        if not fits or optional(positive)(eps[0]) is not None or positive(eps[1]) is not None:
-            raise ValueError(
-                f"{type(self).__name__}: eps={eps!r} is not allowed: must be (eps1, eps2), each a finite number > 0; "
-                "eps1 may be None"
-            )
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         n = len(shape)
@@ -187,14 +168,18 @@ class Adafactor(Optimizer):
         if eps1 is None:
             eps1 = torch.finfo(group["params"][0].dtype).eps
         rho: Any = lr.clamp(max=step**-0.5) if isinstance(lr, torch.Tensor) else min(lr, step**-0.5)
-        return AdafactorScalars(
+        return row_of(
+            # The learning rate, at most one over the square root of the step.
             rho=rho,
             lr=lr,
             beta2_decay=group["beta2_decay"],
+            # Of the new square in the second moment: the step to the power of ``beta2_decay``.
             weight=step ** group["beta2_decay"],
+            # The least second moment.
             floor=eps1**2,
             eps1=eps1,
             eps2=eps2,
             d=group["d"],
+            # What decay leaves of the parameter.
             keep=1 - decay_rate(group),
         )

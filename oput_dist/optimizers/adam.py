@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_least
 from oput_dist.kernels.stage import Decay, Update
 
+from .scalars import adam_scalars
+
 __all__ = ["Adam", "AdamW"]
-
-
-class AdamScalars(NamedTuple):
-    lr: float
-    """Learning rate over the first moment's bias correction."""
-    weight1: float
-    weight2: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
 
 
 @rule
@@ -70,21 +60,19 @@ class Adam(Optimizer):
     Paper: Kingma & Ba, https://arxiv.org/abs/1412.6980; amsgrad: Reddi et al., https://arxiv.org/abs/1904.09237.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "amsgrad": boolean}
     decay: ClassVar[Decay] = Decay.L2
 
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         amsgrad: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         if group["amsgrad"]:
@@ -92,9 +80,7 @@ class Adam(Optimizer):
         return Recipe((Update(adam),), ("exp_avg", "exp_avg_sq"), self.decay)
 
     def scalars(self, group: Group, step: int) -> Any:
-        beta1, beta2 = group["betas"]
-        root = 1 / math.sqrt(1 - beta2**step)
-        return AdamScalars(group["lr"] / (1 - beta1**step), 1 - beta1, 1 - beta2, root, group["eps"])
+        return row_of(**adam_scalars(group, step))
 
 
 class AdamW(Adam):
@@ -125,11 +111,11 @@ class AdamW(Adam):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 1e-2,
         amsgrad: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
+        super().__init__(params, **hyperparameters(locals()), **common)

@@ -5,29 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import nonnegative, optional, positive_integer
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, PositiveInteger, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import WHOLE, Axes, Decay, Measure, Update, Vectors
 
+from .scalars import adam_scalars
+
 __all__ = ["AdamMini"]
-
-
-class AdamMiniScalars(NamedTuple):
-    lr: float
-    """Over the first moment's bias correction."""
-    weight1: float
-    weight2: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
 
 
 @rule
@@ -39,7 +30,7 @@ def mini_squares(p, g, state, h):
 def block_moments(length: int, heads: int | None) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """The second moments of rows of ``length`` elements, or of heads that have as many rows each."""
 
-    def moments(sums: Any, vectors: Any, h: AdamMiniScalars) -> tuple[Any, Any]:
+    def moments(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
         squares = sums[0] / length
         if heads is not None:
             blocks = squares.unflatten(1, (heads, -1))
@@ -98,20 +89,17 @@ class AdamMini(Optimizer):
     Paper: Zhang et al., https://arxiv.org/abs/2406.16793.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "heads": optional(positive_integer)}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        heads: int | None = None,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        heads: PositiveInteger | None = None,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "heads": heads}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def check(self, group: Group) -> None:
         given = group.get("params", ()) if group["heads"] is not None else ()
@@ -128,6 +116,4 @@ class AdamMini(Optimizer):
         return Recipe(stages, ("exp_avg",), Decay.SHRINK, (("exp_avg_sq", axes),))
 
     def scalars(self, group: Group, step: int) -> Any:
-        beta1, beta2 = group["betas"]
-        root = 1 / math.sqrt(1 - beta2**step)
-        return AdamMiniScalars(group["lr"] / (1 - beta1**step), 1 - beta1, 1 - beta2, root, group["eps"])
+        return row_of(**adam_scalars(group, step))

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import fraction, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_most, lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["AdaMod"]
-
-
-class AdaModScalars(NamedTuple):
-    lr: float
-    """With both bias corrections."""
-    weight1: float
-    weight2: float
-    weight3: float
-    eps: float
 
 
 @rule
@@ -65,20 +55,17 @@ class AdaMod(Optimizer):
     Paper: Ding et al., https://arxiv.org/abs/1910.12249.
     """
 
-    checks: ClassVar = {"betas": pair(2), "beta3": fraction, "eps": nonnegative}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        beta3: float = 0.999,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        beta3: Fraction = 0.999,
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "beta3": beta3, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(adamod),), ("exp_avg", "exp_avg_sq", "exp_avg_lr"), Decay.SHRINK)
@@ -86,4 +73,11 @@ class AdaMod(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
         lr = group["lr"] * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
-        return AdaModScalars(lr, 1 - beta1, 1 - beta2, 1 - group["beta3"], group["eps"])
+        return row_of(
+            # With both bias corrections.
+            lr=lr,
+            weight1=1 - beta1,
+            weight2=1 - beta2,
+            weight3=1 - group["beta3"],
+            eps=group["eps"],
+        )

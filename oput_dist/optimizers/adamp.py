@@ -5,35 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, lerp
 from oput_dist.kernels.stage import WHOLE, Apply, Measure, Update, Vectors
 
 __all__ = ["AdamP"]
-
-
-class AdamPScalars(NamedTuple):
-    lr: float
-    """Over the first moment's bias correction."""
-    weight1: float
-    weight2: float
-    ahead: float
-    """Weight of the gradient in the direction: 0, or ``weight1`` with Nesterov momentum."""
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
-    delta: float
-    wd_ratio: float
-    decay: float
-    """Share of the parameter that decay removes, where the step is not projected."""
 
 
 @rule
@@ -128,36 +111,19 @@ class AdamP(Optimizer):
     Paper: Heo et al., https://arxiv.org/abs/2006.08217.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": positive,
-        "delta": nonnegative,
-        "wd_ratio": fraction,
-        "nesterov": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        delta: float = 0.1,
-        wd_ratio: float = 0.1,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Positive = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        delta: Nonnegative = 0.1,
+        wd_ratio: Fraction = 0.1,
         nesterov: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "nesterov": nesterov,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         moments = ("exp_avg", "exp_avg_sq")
@@ -168,14 +134,18 @@ class AdamP(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
-        return AdamPScalars(
+        return row_of(
+            # Over the first moment's bias correction.
             lr=group["lr"] / (1 - beta1**step),
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # Weight of the gradient in the direction: 0, or ``weight1`` with Nesterov momentum.
             ahead=1 - beta1 if group["nesterov"] else 0.0,
+            # One over the square root of the second moment's bias correction.
             root=1 / math.sqrt(1 - beta2**step),
             eps=group["eps"],
             delta=group["delta"],
             wd_ratio=group["wd_ratio"],
+            # Share of the parameter that decay removes, where the step is not projected.
             decay=decay_rate(group),
         )

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as triple
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas3, Nonnegative, betas3, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["Adan"]
-
-
-_BETAS = triple(3)
-
-
-class AdanScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    weight3: float
-    started: float
-    """0 at the first step, which has no previous gradient; 1 later."""
-    beta2: float
-    correct1: float
-    """One over the bias correction of the gradient average."""
-    correct2: float
-    """beta2 over the bias correction of the difference average."""
-    root: float
-    eps: float
-    prox: float
-    """What the parameter is divided by after the update."""
 
 
 @rule
@@ -53,7 +31,7 @@ def adan(p, g, state, h):
 
 def of_old_values(betas: Any) -> Any:
     """Betas as weights of the old value. All in (0, 0.5), they were meant as weights of the new one."""
-    if _BETAS(betas) is not None or not all(0 < beta < 0.5 for beta in betas):
+    if betas3(betas) is not None or not all(0 < beta < 0.5 for beta in betas):
         return betas
     old = tuple(1 - beta for beta in betas)
     warnings.warn(
@@ -104,21 +82,18 @@ class Adan(Optimizer):
     Paper: Xie et al., https://arxiv.org/abs/2208.06677.
     """
 
-    checks: ClassVar = {"betas": _BETAS, "eps": nonnegative, "no_prox": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas3 = (0.98, 0.92, 0.99),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         no_prox: bool = False,
         **common: Unpack[AdanCommon],
     ) -> None:
         betas, no_prox = of_old_values(betas), common.pop("adam_wd", False) or no_prox
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict) and "betas" in param_group:
@@ -133,16 +108,20 @@ class Adan(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2, beta3 = group["betas"]
-        return AdanScalars(
+        return row_of(
             lr=group["lr"],
             weight1=1 - beta1,
             weight2=1 - beta2,
             weight3=1 - beta3,
+            # 0 at the first step, which has no previous gradient; 1 later.
             started=0.0 if step == 1 else 1.0,
             beta2=beta2,
+            # One over the bias correction of the gradient average.
             correct1=1 / (1 - beta1**step),
+            # beta2 over the bias correction of the difference average.
             correct2=beta2 / (1 - beta2**step),
             root=1 / math.sqrt(1 - beta3**step),
             eps=group["eps"],
+            # What the parameter is divided by after the update.
             prox=1.0 if group["no_prox"] else 1 + decay_rate(group),
         )

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as triple
-from oput_dist.engine.hyper import nonnegative, optional, positive_integer
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas3, Nonnegative, PositiveInteger, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["AdEMAMix"]
-
-
-class AdEMAMixScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    weight3: float
-    correct1: float
-    """One over the fast momentum's bias correction."""
-    alpha: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
 
 
 @rule
@@ -85,33 +71,18 @@ class AdEMAMix(Optimizer):
     Paper: Pagliardini et al., https://arxiv.org/abs/2409.03137.
     """
 
-    checks: ClassVar = {
-        "betas": triple(3),
-        "alpha": nonnegative,
-        "eps": nonnegative,
-        "T_alpha_beta3": optional(positive_integer),
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        T_alpha_beta3: int | None = None,
+        lr: Nonnegative = 1e-3,
+        betas: Betas3 = (0.9, 0.999, 0.9999),
+        alpha: Nonnegative = 5.0,
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        T_alpha_beta3: PositiveInteger | None = None,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "T_alpha_beta3": T_alpha_beta3,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(ademamix),), ("exp_avg", "exp_avg_sq", "exp_avg_slow"), Decay.SHRINK)
@@ -119,13 +90,15 @@ class AdEMAMix(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2, beta3 = group["betas"]
         share = 1.0 if group["T_alpha_beta3"] is None else min(step / group["T_alpha_beta3"], 1.0)
-        return AdEMAMixScalars(
+        return row_of(
             lr=group["lr"],
             weight1=1 - beta1,
             weight2=1 - beta2,
             weight3=1 - (beta3 if share == 1 else warmed(beta1, beta3, share)),
+            # One over the fast momentum's bias correction.
             correct1=1 / (1 - beta1**step),
             alpha=group["alpha"] * share,
+            # One over the square root of the second moment's bias correction.
             root=1 / math.sqrt(1 - beta2**step),
             eps=group["eps"],
         )

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative, optional, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, at_most, lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["ADOPT"]
-
-
-class ADOPTScalars(NamedTuple):
-    """At the first step all but ``weight2``, which is then 1, and ``eps`` make the rule leave everything alone."""
-
-    lr: float
-    weight1: float
-    weight2: float
-    eps: float
-    clip: float
-    """The largest normalised gradient."""
-    keep: float
-    """What decoupled decay leaves of the parameter."""
 
 
 @rule
@@ -72,28 +58,18 @@ class ADOPT(Optimizer):
     Paper: Taniguchi et al., https://arxiv.org/abs/2411.02853.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": positive, "decouple": boolean, "clip_exp": optional(nonnegative)}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.9999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.9999),
+        eps: Positive = 1e-6,
+        weight_decay: Nonnegative = 0.0,
         decouple: bool = False,
-        clip_exp: float | None = 0.25,
+        clip_exp: Nonnegative | None = 0.25,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decouple": decouple,
-            "clip_exp": clip_exp,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         # The engine's own shrinking would not spare the first step.
@@ -101,14 +77,16 @@ class ADOPT(Optimizer):
         return Recipe((Update(adopt),), ("exp_avg", "exp_avg_sq"), decay)
 
     def scalars(self, group: Group, step: int) -> Any:
-        if step == 1:
-            return ADOPTScalars(group["lr"] * 0.0, 0.0, 1.0, group["eps"], 0.0, 1.0)
+        if step == 1:  # leaves everything alone but the second moment
+            return row_of(lr=group["lr"] * 0.0, weight1=0.0, weight2=1.0, eps=group["eps"], clip=0.0, keep=1.0)
         (beta1, beta2), exponent = group["betas"], group["clip_exp"]
-        return ADOPTScalars(
+        return row_of(
             lr=group["lr"],
             weight1=1 - beta1,
             weight2=1 - beta2,
             eps=group["eps"],
+            # The largest normalised gradient.
             clip=math.inf if exponent is None else (step - 1) ** exponent,
+            # What decoupled decay leaves of the parameter.
             keep=1 - decay_rate(group) if group["decouple"] or group["decouple_lr"] else 1.0,
         )

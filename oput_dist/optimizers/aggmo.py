@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import namedtuple
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import Self, Unpack
 
 from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import check_group, fraction, positive_integer, share
+from oput_dist.engine.hyper import BetasN, Nonnegative, check_group, hyperparameters, positive_integer, share
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.stage import Decay, Update
 
@@ -30,12 +30,6 @@ def aggmo(p, g, state, h):
         p = p - h.lr * b
         new = new + (b,)  # noqa: RUF005 - Triton
     return p, new
-
-
-def several(value: Any) -> str | None:
-    """One decay rate or more."""
-    ok = isinstance(value, (tuple, list)) and len(value) > 0 and all(fraction(beta) is None for beta in value)
-    return None if ok else "a tuple of one or more numbers in [0, 1)"
 
 
 class AggMo(Optimizer):
@@ -64,17 +58,15 @@ class AggMo(Optimizer):
     Paper: Lucas et al., https://arxiv.org/abs/1804.00325.
     """
 
-    checks: ClassVar = {"betas": several}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, ...] = (0.0, 0.9, 0.99),
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: BetasN = (0.0, 0.9, 0.99),
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     @classmethod
     def from_exp_form(

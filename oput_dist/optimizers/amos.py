@@ -5,28 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import fraction, nonnegative, optional, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import lerp, square_terms
 from oput_dist.kernels.stage import WHOLE, Decay, Measure, Update, Vectors
 
 __all__ = ["Amos"]
-
-
-class AmosScalars(NamedTuple):
-    lr: float
-    beta: float
-    weight: float
-    """Of the new step in the momentum."""
-    extra_l2: float
-    c_coef: float
-    d_coef: float
 
 
 @functools.cache  # so that equal recipes stay equal
@@ -101,39 +91,20 @@ class Amos(Optimizer):
     Paper: Tian & Parikh, https://arxiv.org/abs/2210.11693.
     """
 
-    checks: ClassVar = {
-        "beta": fraction,
-        "momentum": fraction,
-        "eta": optional(positive),
-        "extra_l2": nonnegative,
-        "c_coef": nonnegative,
-        "d_coef": nonnegative,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        beta: float = 0.999,
-        momentum: float = 0.0,
-        eta: float | None = None,
-        extra_l2: float = 0.0,
-        c_coef: float = 0.25,
-        d_coef: float = 0.25,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        beta: Fraction = 0.999,
+        momentum: Fraction = 0.0,
+        eta: Positive | None = None,
+        extra_l2: Nonnegative = 0.0,
+        c_coef: Nonnegative = 0.25,
+        d_coef: Nonnegative = 0.25,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "momentum": momentum,
-            "eta": eta,
-            "extra_l2": extra_l2,
-            "c_coef": c_coef,
-            "d_coef": d_coef,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         eta = group["eta"]
@@ -147,9 +118,10 @@ class Amos(Optimizer):
         return Recipe(stages, state, Decay.SHRINK, (("exp_avg_sq", WHOLE), ("decay", WHOLE)))
 
     def scalars(self, group: Group, step: int) -> Any:
-        return AmosScalars(
+        return row_of(
             lr=group["lr"],
             beta=group["beta"],
+            # Of the new step in the momentum.
             weight=1 - group["momentum"],
             extra_l2=group["extra_l2"],
             c_coef=group["c_coef"],

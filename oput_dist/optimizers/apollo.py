@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Literal
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import fraction, nonnegative, one_of, optional, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least
 from oput_dist.kernels.stage import WHOLE, Decay, Factors, Given, Measure, Stage, Update, Vectors
@@ -18,20 +18,6 @@ __all__ = ["Apollo"]
 
 SIGMA = 0.01
 """The least curvature."""
-
-
-class ApolloScalars(NamedTuple):
-    lr: float
-    """During warmup a part of the learning rate."""
-    weight: float
-    """Of the new gradient in the bias-corrected average."""
-    eps: float
-    weight_decay: float
-    """Inside the update."""
-    floor: float
-    """The least curvature, with constant rebound."""
-    extra: float
-    """Added to the curvature, with the rebound of the belief."""
 
 
 @rule
@@ -56,7 +42,7 @@ def apollo_secant(sums, h):
     return -(h.weight * y_d + b_d) * scale * scale, scale, h.floor
 
 
-def apollo_secant_of(sums: Any, vectors: Any, h: ApolloScalars) -> tuple[Any, Any]:
+def apollo_secant_of(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The same; with a fourth sum, the largest change of the gradient, this is the least curvature."""
     fourths, y_d, b_d, *largest, _count, _step = sums
     scale = 1.0 / (fourths.sqrt().sqrt() + h.eps)
@@ -87,7 +73,7 @@ def apollo_curvature(p, g, state, h, c):
     return state, (curvature,)
 
 
-def apollo_mean(sums: Any, vectors: Any, h: ApolloScalars) -> tuple[Any, Any]:
+def apollo_mean(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The mean curvature."""
     total, count, _step = sums
     return vectors, (total / count.clamp(min=1.0),)
@@ -153,39 +139,20 @@ class Apollo(Optimizer):
     Paper: Ma, https://arxiv.org/abs/2009.13586.
     """
 
-    checks: ClassVar = {
-        "beta": fraction,
-        "eps": positive,
-        "warmup": nonnegative,
-        "init_lr": optional(nonnegative),
-        "rebound": one_of("constant", "belief"),
-        "weight_decay_type": one_of("L2", "decoupled", "stable", None),
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-2,
-        beta: float = 0.9,
-        eps: float = 1e-4,
-        warmup: int = 500,
-        init_lr: float | None = None,
-        rebound: str = "constant",
-        weight_decay: float = 0.0,
-        weight_decay_type: str | None = None,
+        lr: Nonnegative = 1e-2,
+        beta: Fraction = 0.9,
+        eps: Positive = 1e-4,
+        warmup: Nonnegative = 500,
+        init_lr: Nonnegative | None = None,
+        rebound: Literal["constant", "belief"] = "constant",
+        weight_decay: Nonnegative = 0.0,
+        weight_decay_type: Literal["L2", "decoupled", "stable", None] = None,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "eps": eps,
-            "warmup": warmup,
-            "init_lr": init_lr,
-            "rebound": rebound,
-            "weight_decay": weight_decay,
-            "weight_decay_type": weight_decay_type,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def complete(self, group: dict[str, Any]) -> None:
         super().complete(group)
@@ -217,11 +184,16 @@ class Apollo(Optimizer):
             begin = lr / 1000 if group["init_lr"] is None else group["init_lr"]
             lr = begin + (lr - begin) * ((step - 1) / warmup)
         weight, belief = (1 - beta) / (1 - beta**step), group["rebound"] == "belief"
-        return ApolloScalars(
+        return row_of(
+            # During warmup a part of the learning rate.
             lr=lr,
+            # Of the new gradient in the bias-corrected average.
             weight=weight,
             eps=group["eps"] if belief else group["eps"] / SIGMA,
+            # Inside the update.
             weight_decay=0.0 if decay_kind(group) == "L2" else group["weight_decay"],
+            # The least curvature, with constant rebound.
             floor=SIGMA,
+            # Added to the curvature, with the rebound of the belief.
             extra=group["eps"] / weight if belief else 0.0,
         )

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as triple
-from oput_dist.engine.hyper import positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Allowed, Betas3, Nonnegative, Positive, each, hyperparameters, positive
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, lerp
 from oput_dist.kernels.stage import WHOLE, Apply, Decay, Factors, Measure, Update, Vectors
 
 __all__ = ["CAME"]
 
-
-class CAMEScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    weight3: float
-    eps1: float
-    eps2: float
-    clip_threshold: float
-
+Floors = Annotated[tuple[float, float], Allowed(each(positive, "(eps1, eps2), each a finite number > 0", 2))]
 
 # Vectors and scalars: the whole second moment is kept, and there is no confidence.
 
@@ -68,7 +58,7 @@ def new_means(sums: Any, means: Any, weight: Any, eps: Any) -> tuple[Any, Any]:
     return (row, column), ((row / row.mean(-2, keepdim=True)).rsqrt(), column.rsqrt())
 
 
-def came_moments(sums: Any, vectors: Any, h: CAMEScalars) -> tuple[Any, Any]:
+def came_moments(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The factors of the direction."""
     means, factors = new_means(sums[:2], vectors[:2], h.weight2, h.eps1)
     return (*means, *vectors[2:]), factors
@@ -81,7 +71,7 @@ def came_measure(p, g, state, h, c):
     return state, (u * u,)
 
 
-def came_clip(sums: Any, vectors: Any, h: CAMEScalars) -> tuple[Any, Any]:
+def came_clip(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """What the direction is multiplied by, so that its RMS is at most the threshold."""
     u_squares, count, _step = sums
     rms = (u_squares / count.clamp(min=1.0)).sqrt()
@@ -97,7 +87,7 @@ def came_momentum(p, g, state, h, c):
     return (m,), ((u - m) * (u - m), (u - m) * (u - m))
 
 
-def came_confidence(sums: Any, vectors: Any, h: CAMEScalars) -> tuple[Any, Any]:
+def came_confidence(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The factors of what the momentum is multiplied by: one over the root of the instability."""
     means, factors = new_means(sums[:2], vectors[2:], h.weight3, h.eps2)
     return (*vectors[:2], *means), factors
@@ -148,32 +138,17 @@ class CAME(Optimizer):
     Paper: Luo et al., https://arxiv.org/abs/2307.02047.
     """
 
-    checks: ClassVar = {"betas": triple(3), "clip_threshold": positive}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 2e-4,
-        eps: tuple[float, float] = (1e-30, 1e-16),
-        clip_threshold: float = 1.0,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 2e-4,
+        eps: Floors = (1e-30, 1e-16),
+        clip_threshold: Positive = 1.0,
+        betas: Betas3 = (0.9, 0.999, 0.9999),
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "betas": betas,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults, common)
-
-    def check(self, group: Group) -> None:
-        eps = group["eps"]
-        fits = isinstance(eps, (tuple, list)) and len(eps) == 2
-        if not fits or any(positive(one) is not None for one in eps):
-            raise ValueError(f"CAME: eps={eps!r} is not allowed: must be (eps1, eps2), each a finite number > 0")
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         n = len(shape)
@@ -195,4 +170,12 @@ class CAME(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
-        return CAMEScalars(group["lr"], 1 - beta1, 1 - beta2, 1 - beta3, eps1, eps2, group["clip_threshold"])
+        return row_of(
+            lr=group["lr"],
+            weight1=1 - beta1,
+            weight2=1 - beta2,
+            weight3=1 - beta3,
+            eps1=eps1,
+            eps2=eps2,
+            clip_threshold=group["clip_threshold"],
+        )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, sigmoid
 from oput_dist.kernels.stage import Decay, Update
-
-from .adam import AdamScalars
 
 __all__ = ["DiffGrad"]
 
@@ -57,18 +54,16 @@ class DiffGrad(Optimizer):
     Paper: Dubey et al., https://arxiv.org/abs/1909.11015.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(diffgrad),), ("exp_avg", "exp_avg_sq", "previous_grad"), Decay.L2)
@@ -76,4 +71,4 @@ class DiffGrad(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
         lr = group["lr"] * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
-        return AdamScalars(lr, 1 - beta1, 1 - beta2, 1.0, group["eps"])
+        return row_of(lr=lr, weight1=1 - beta1, weight2=1 - beta2, root=1.0, eps=group["eps"])

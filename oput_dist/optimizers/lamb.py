@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative, optional, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_most
 from oput_dist.kernels.stage import WHOLE, Apply, Decay, Factors, Measure
 
 __all__ = ["Lamb"]
-
-
-class LambScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    correct1: float
-    """One over the first moment's bias correction."""
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
-    weight_decay: float
-    clamp: float
-    adapt: float
-    """1 to scale by the trust ratio, 0 not to."""
 
 
 @rule
@@ -94,36 +78,19 @@ class Lamb(Optimizer):
     Paper: You et al., https://arxiv.org/abs/1904.00962.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": nonnegative,
-        "clamp": optional(positive),
-        "always_adapt": boolean,
-        "bias_correction": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        clamp: float | None = None,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-6,
+        weight_decay: Nonnegative = 0.0,
+        clamp: Positive | None = None,
         always_adapt: bool = False,
         bias_correction: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "clamp": clamp,
-            "always_adapt": always_adapt,
-            "bias_correction": bias_correction,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         stages = (Measure(lamb_moments, (WHOLE, WHOLE)), Apply(lamb_apply, Factors(lamb_trust)))
@@ -131,14 +98,17 @@ class Lamb(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
-        return LambScalars(
+        return row_of(
             lr=group["lr"],
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # One over the first moment's bias correction.
             correct1=1 / (1 - beta1**step) if group["bias_correction"] else 1.0,
+            # One over the square root of the second moment's bias correction.
             root=1 / math.sqrt(1 - beta2**step) if group["bias_correction"] else 1.0,
             eps=group["eps"],
             weight_decay=0.0 if group["decouple_lr"] else group["weight_decay"],
             clamp=math.inf if group["clamp"] is None else group["clamp"],
+            # 1 to scale by the trust ratio, 0 not to.
             adapt=float(group["weight_decay"] != 0 or group["always_adapt"]),
         )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Decay, Update
 
-from .adam import AdamScalars
+from .scalars import adam_scalars
 
 __all__ = ["LaProp"]
 
@@ -57,23 +55,19 @@ class LaProp(Optimizer):
     Paper: Ziyin et al., https://arxiv.org/abs/2002.04839.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 4e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-15,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 4e-4,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-15,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(laprop),), ("exp_avg", "exp_avg_sq"), Decay.SHRINK)
 
     def scalars(self, group: Group, step: int) -> Any:
-        beta1, beta2 = group["betas"]
-        root = 1 / math.sqrt(1 - beta2**step)
-        return AdamScalars(group["lr"] / (1 - beta1**step), 1 - beta1, 1 - beta2, root, group["eps"])
+        return row_of(**adam_scalars(group, step))

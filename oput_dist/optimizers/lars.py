@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_most
 from oput_dist.kernels.stage import WHOLE, Decay, Factors, Measure, Update
 
 __all__ = ["LARS"]
-
-
-class LARSScalars(NamedTuple):
-    lr: float
-    momentum: float
-    gain: float
-    """Of the new gradient in the momentum: 1 at the first step, later one less dampening."""
-    weight_decay: float
-    trust_coeff: float
-    eps: float
-    adapt: float
-    """1 to scale by the trust ratio, 0 not to."""
-    clip: float
-    """1 to let the ratio only shorten the step, 0 not to."""
 
 
 @rule
@@ -104,42 +90,21 @@ class LARS(Optimizer):
     Paper: You, Gitman & Ginsburg, https://arxiv.org/abs/1708.03888.
     """
 
-    checks: ClassVar = {
-        "momentum": fraction,
-        "dampening": fraction,
-        "nesterov": boolean,
-        "trust_coeff": positive,
-        "eps": nonnegative,
-        "trust_clip": boolean,
-        "always_adapt": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
+        lr: Nonnegative = 1.0,
+        momentum: Fraction = 0.9,
+        dampening: Fraction = 0.0,
         nesterov: bool = False,
-        weight_decay: float = 0.0,
-        trust_coeff: float = 1e-3,
-        eps: float = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        trust_coeff: Positive = 1e-3,
+        eps: Nonnegative = 1e-8,
         trust_clip: bool = False,
         always_adapt: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "trust_coeff": trust_coeff,
-            "eps": eps,
-            "trust_clip": trust_clip,
-            "always_adapt": always_adapt,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def check(self, group: Group) -> None:
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
@@ -158,13 +123,16 @@ class LARS(Optimizer):
         return Recipe((squares, Update(rule, Factors(lars_trust))), state, decay)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return LARSScalars(
+        return row_of(
             lr=group["lr"],
             momentum=group["momentum"],
+            # Of the new gradient in the momentum: 1 at the first step, later one less dampening.
             gain=1.0 if step == 1 else 1.0 - group["dampening"],
             weight_decay=0.0 if group["decouple_lr"] else group["weight_decay"],
             trust_coeff=group["trust_coeff"],
             eps=group["eps"],
+            # 1 to scale by the trust ratio, 0 not to.
             adapt=float(group["weight_decay"] != 0 or group["always_adapt"]),
+            # 1 to let the ratio only shorten the step, 0 not to.
             clip=float(group["trust_clip"]),
         )

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import lerp, sign
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["Lion"]
-
-
-class LionScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
 
 
 @rule
@@ -54,21 +48,19 @@ class Lion(Optimizer):
     Paper: Chen et al., https://arxiv.org/abs/2302.06675.
     """
 
-    checks: ClassVar = {"betas": pair(2)}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-4,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(lion),), ("exp_avg",), Decay.SHRINK)
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
-        return LionScalars(group["lr"], 1 - beta1, 1 - beta2)
+        return row_of(lr=group["lr"], weight1=1 - beta1, weight2=1 - beta2)

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import boolean, fraction, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import cube_root, lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["MADGRAD"]
-
-
-class MADGRADScalars(NamedTuple):
-    gain: float
-    """What a gradient counts in the sums: the learning rate times the root of the step."""
-    weight: float
-    """Of the newest point in the parameter: 1 - momentum."""
-    eps: float
-    decay: float
-    """Share of the old parameter that decoupled decay removes."""
-    first: float
 
 
 @rule
@@ -87,26 +76,17 @@ class MADGRAD(Optimizer):
     Paper: Defazio & Jelassi, https://arxiv.org/abs/2101.11075.
     """
 
-    checks: ClassVar = {"momentum": fraction, "eps": nonnegative, "decouple_decay": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-2,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        eps: float = 1e-6,
+        lr: Nonnegative = 1e-2,
+        momentum: Fraction = 0.9,
+        weight_decay: Nonnegative = 0.0,
+        eps: Nonnegative = 1e-6,
         decouple_decay: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "eps": eps,
-            "decouple_decay": decouple_decay,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.NONE if group["decouple_decay"] or group["decouple_lr"] else Decay.L2
@@ -119,4 +99,13 @@ class MADGRAD(Optimizer):
         decay: Any = lr * group["weight_decay"] if group["decouple_decay"] else 0.0
         if group["decouple_lr"]:
             decay = decay_rate(group)
-        return MADGRADScalars(lr * math.sqrt(step), 1 - group["momentum"], group["eps"], decay, float(step == 1))
+        return row_of(
+            # What a gradient counts in the sums: the learning rate times the root of the step.
+            gain=lr * math.sqrt(step),
+            # Of the newest point in the parameter: 1 - momentum.
+            weight=1 - group["momentum"],
+            eps=group["eps"],
+            # Share of the old parameter that decoupled decay removes.
+            decay=decay,
+            first=float(step == 1),
+        )

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_least
 from oput_dist.kernels.stage import WHOLE, Decay, Factors, Measure, Update
 
 from .adam import adam
+from .scalars import adam_scalars
 
 __all__ = ["MARS"]
-
-
-class MARSScalars(NamedTuple):
-    lr: float
-    """Learning rate over the first moment's bias correction."""
-    weight1: float
-    weight2: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
-    gain: float
-    """Weight of the gradient's change; 0 at the first step, which has no previous gradient."""
 
 
 @rule
@@ -92,28 +79,18 @@ class MARS(Optimizer):
     Paper: Yuan et al., https://arxiv.org/abs/2411.10438.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "gamma": nonnegative, "optimize_1d": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        gamma: float = 0.025,
+        lr: Nonnegative = 3e-3,
+        betas: Betas = (0.95, 0.99),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        gamma: Nonnegative = 0.025,
         optimize_1d: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "gamma": gamma,
-            "optimize_1d": optimize_1d,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         if len(shape) < 2 and not group["optimize_1d"]:
@@ -122,12 +99,7 @@ class MARS(Optimizer):
         return Recipe(stages, ("exp_avg", "exp_avg_sq", "last_grad"), Decay.SHRINK)
 
     def scalars(self, group: Group, step: int) -> Any:
-        beta1, beta2 = group["betas"]
-        return MARSScalars(
-            lr=group["lr"] / (1 - beta1**step),
-            weight1=1 - beta1,
-            weight2=1 - beta2,
-            root=1 / math.sqrt(1 - beta2**step),
-            eps=group["eps"],
-            gain=0.0 if step == 1 else group["gamma"] * beta1 / (1 - beta1),
-        )
+        beta1, _beta2 = group["betas"]
+        # Weight of the gradient's change; 0 at the first step, which has no previous gradient.
+        gain = 0.0 if step == 1 else group["gamma"] * beta1 / (1 - beta1)
+        return row_of(**adam_scalars(group, step), gain=gain)

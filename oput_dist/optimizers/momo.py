@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, number
+from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, Number, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, lerp
 from oput_dist.kernels.stage import WHOLE, Apply, Decay, JointWithLoss, Measure
@@ -20,34 +19,6 @@ from oput_dist.kernels.stage import WHOLE, Apply, Decay, JointWithLoss, Measure
 from .jointly import Jointly
 
 __all__ = ["Momo", "MomoAdam"]
-
-
-class MomoScalars(NamedTuple):
-    lr: float
-    beta: float
-    weight: float
-    """Of the new gradient in the average: 1 at the first step unless averages are bias-corrected."""
-    shrink: float
-    """One over what decay divides the parameter by."""
-    lower_bound: float
-    bias_correction: float
-    use_fstar: float
-
-
-class MomoAdamScalars(NamedTuple):
-    lr: float
-    beta: float
-    """The first moment's, which the averages of the loss have too."""
-    weight1: float
-    weight2: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
-    shrink: float
-    """One over what proximal decay divides the parameter by."""
-    lower_bound: float
-    bias_correction: float
-    use_fstar: float
 
 
 @rule
@@ -177,28 +148,18 @@ class Momo(_NeedsLoss):
     Paper: Schaipp et al., https://arxiv.org/abs/2305.07583.
     """
 
-    checks: ClassVar = {"beta": fraction, "lb": number, "bias_correction": boolean, "use_fstar": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        weight_decay: float = 0.0,
-        beta: float = 0.9,
-        lb: float = 0.0,
+        lr: Nonnegative = 1.0,
+        weight_decay: Nonnegative = 0.0,
+        beta: Fraction = 0.9,
+        lb: Number = 0.0,
         bias_correction: bool = False,
         use_fstar: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "beta": beta,
-            "lb": lb,
-            "bias_correction": bias_correction,
-            "use_fstar": use_fstar,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
         if isinstance(lr, float) and 0 < lr <= 1e-2:
             warnings.warn(
                 f"Momo: lr={lr!r} is the largest step, and so small a one that nearly every step will be it, as in SGD "
@@ -212,10 +173,12 @@ class Momo(_NeedsLoss):
 
     def scalars(self, group: Group, step: int) -> Any:
         plain_first = step == 1 and not group["bias_correction"]
-        return MomoScalars(
+        return row_of(
             lr=group["lr"],
             beta=group["beta"],
+            # Of the new gradient in the average: 1 at the first step unless averages are bias-corrected.
             weight=1.0 if plain_first else 1 - group["beta"],
+            # One over what decay divides the parameter by.
             shrink=1 / (1 + decay_rate(group)),
             lower_bound=group["lb"],
             bias_correction=float(group["bias_correction"]),
@@ -267,22 +230,19 @@ class MomoAdam(_NeedsLoss):
     Paper: Schaipp et al., https://arxiv.org/abs/2305.07583.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "lb": number, "divide": boolean, "use_fstar": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        lb: float = 0.0,
+        lr: Nonnegative = 1e-2,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        lb: Number = 0.0,
         divide: bool = True,
         use_fstar: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "lb": lb, "divide": divide, "use_fstar": use_fstar}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         rule, decay = (momo_adam_prox, Decay.NONE) if group["divide"] else (momo_adam_apply, Decay.SHRINK)
@@ -291,13 +251,16 @@ class MomoAdam(_NeedsLoss):
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
-        return MomoAdamScalars(
+        return row_of(
             lr=group["lr"],
+            # The first moment's, which the averages of the loss have too.
             beta=beta1,
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # One over the square root of the second moment's bias correction.
             root=1 / math.sqrt(1 - beta2**step),
             eps=group["eps"],
+            # One over what proximal decay divides the parameter by.
             shrink=1 / (1 + decay_rate(group)),
             lower_bound=group["lb"],
             bias_correction=1.0,

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["NAdam"]
-
-
-class NAdamScalars(NamedTuple):
-    gradient: float
-    """Learning rate of the gradient, over its bias correction."""
-    momentum: float
-    """Learning rate of the first moment, over its bias correction."""
-    weight1: float
-    weight2: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
 
 
 @rule
@@ -90,33 +77,18 @@ class NAdam(Optimizer):
     Paper: Dozat, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": nonnegative,
-        "momentum_decay": nonnegative,
-        "decoupled_weight_decay": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum_decay: float = 4e-3,
+        lr: Nonnegative = 2e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        momentum_decay: Nonnegative = 4e-3,
         decoupled_weight_decay: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.SHRINK if group["decoupled_weight_decay"] else Decay.L2
@@ -126,11 +98,14 @@ class NAdam(Optimizer):
         (beta1, beta2), psi = group["betas"], group["momentum_decay"]
         now, following = momentum_at(beta1, psi, step), momentum_at(beta1, psi, step + 1)
         product = momentum_product(beta1, psi, step)
-        return NAdamScalars(
+        return row_of(
+            # Learning rate of the gradient, over its bias correction.
             gradient=group["lr"] * ((1 - now) / (1 - product)),
+            # Learning rate of the first moment, over its bias correction.
             momentum=group["lr"] * (following / (1 - product * following)),
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # One over the square root of the second moment's bias correction.
             root=1 / math.sqrt(1 - beta2**step),
             eps=group["eps"],
         )

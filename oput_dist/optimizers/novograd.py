@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import square_terms
 from oput_dist.kernels.stage import WHOLE, Decay, Measure, Update, Vectors
@@ -17,17 +16,7 @@ from oput_dist.kernels.stage import WHOLE, Decay, Measure, Update, Vectors
 __all__ = ["NovoGrad"]
 
 
-class NovoGradScalars(NamedTuple):
-    lr: float
-    beta1: float
-    weight2: float
-    gain: float
-    """Of the new direction in the momentum: 1, or one less beta1."""
-    eps: float
-    weight_decay: float
-
-
-def novograd_scale(sums: Any, vectors: Any, h: NovoGradScalars) -> tuple[Any, Any]:
+def novograd_scale(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The second moment, which begins as the first square; one over its root; the largest so far, if that is kept."""
     squares, _count, step = sums
     v = torch.where(step > 1, torch.lerp(vectors[0], squares, h.weight2), squares)
@@ -76,28 +65,18 @@ class NovoGrad(Optimizer):
     Paper: Ginsburg et al., https://arxiv.org/abs/1905.11286.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "grad_averaging": boolean, "amsgrad": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.95, 0.98),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.95, 0.98),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         grad_averaging: bool = False,
         amsgrad: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "grad_averaging": grad_averaging,
-            "amsgrad": amsgrad,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         squares = Measure(square_terms, (WHOLE,), writes_state=False)
@@ -111,10 +90,11 @@ class NovoGrad(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
-        return NovoGradScalars(
+        return row_of(
             lr=group["lr"],
             beta1=beta1,
             weight2=1 - beta2,
+            # Of the new direction in the momentum: 1, or one less beta1.
             gain=1 - beta1 if group["grad_averaging"] else 1.0,
             eps=group["eps"],
             weight_decay=0.0 if group["decouple_lr"] else group["weight_decay"],

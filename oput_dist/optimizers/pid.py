@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import boolean, fraction, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Decay, Update
@@ -16,19 +16,6 @@ from .advice import warn_once
 from .sgd import sgd
 
 __all__ = ["PID"]
-
-
-class PIDScalars(NamedTuple):
-    lr: float
-    momentum: float
-    gain: float
-    """Of the gradient in the integral."""
-    started: float
-    """0 at the first step, which has no previous gradient; 1 later."""
-    kept: float
-    """1, or 0 where the gradient is not kept for the next step."""
-    integral: float
-    derivative: float
 
 
 @rule
@@ -74,36 +61,19 @@ class PID(Optimizer):
     https://doi.org/10.1109/CVPR.2018.00889.
     """
 
-    checks: ClassVar = {
-        "momentum": fraction,
-        "dampening": fraction,
-        "integral": nonnegative,
-        "derivative": nonnegative,
-        "bug_compat": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        integral: float = 5.0,
-        derivative: float = 10.0,
+        lr: Nonnegative = 1e-3,
+        momentum: Fraction = 0.9,
+        dampening: Fraction = 0.0,
+        weight_decay: Nonnegative = 0.0,
+        integral: Nonnegative = 5.0,
+        derivative: Nonnegative = 10.0,
         bug_compat: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "integral": integral,
-            "derivative": derivative,
-            "bug_compat": bug_compat,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def complete(self, group: dict[str, Any]) -> None:
         super().complete(group)
@@ -116,7 +86,15 @@ class PID(Optimizer):
         return Recipe((Update(pid),), ("i_buffer", "d_buffer", "grad_buffer"), Decay.L2)
 
     def scalars(self, group: Group, step: int) -> Any:
-        gain = 1.0 if step == 1 else 1 - group["dampening"]
-        started, kept = float(step > 1), float(step > 1 or not group["bug_compat"])
-        terms = group["integral"], group["derivative"]
-        return PIDScalars(group["lr"], group["momentum"], gain, started, kept, *terms)
+        return row_of(
+            lr=group["lr"],
+            momentum=group["momentum"],
+            # Of the gradient in the integral.
+            gain=1.0 if step == 1 else 1 - group["dampening"],
+            # 0 at the first step, which has no previous gradient; 1 later.
+            started=float(step > 1),
+            # 1, or 0 where the gradient is not kept for the next step.
+            kept=float(step > 1 or not group["bug_compat"]),
+            integral=group["integral"],
+            derivative=group["derivative"],
+        )

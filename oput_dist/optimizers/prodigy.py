@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import Check, boolean, fraction, optional, positive
-from oput_dist.engine.hyper import betas as pair
+from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Allowed, Betas, Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, lerp
 from oput_dist.kernels.stage import WHOLE, Apply, Decay, Joint, Measure
@@ -20,45 +19,13 @@ from .jointly import Jointly
 __all__ = ["DAdaptAdam", "Prodigy"]
 
 
-class ProdigyScalars(NamedTuple):
-    d: float
-    """The estimate before this step."""
-    d0: float
-    lr: float
-    """Learning rate, with Adam's bias corrections if they are wanted; times ``d`` it is the step."""
-    weight1: float
-    weight2: float
-    beta3: float
-    gain: float
-    """Of the gradient in the sum of gradients: ``lr``, or 1 with a safeguard for warm-up."""
-    eps: float
-    decay: float
-    """What decoupled decay takes from the parameter, over ``d``."""
-    d_coef: float
-    growth_rate: float
-    first: float
-    """1 at the first step, else 0."""
-
-
-class DAdaptScalars(NamedTuple):
-    d: float
-    lr: float
-    """Learning rate, with Adam's bias corrections if they are wanted; times ``d`` it is the step."""
-    weight1: float
-    weight2: float
-    weight3: float
-    """Of the new gradient in the average of gradients."""
-    eps: float
-    decay: float
-    """What decoupled decay takes from the parameter, over ``d``."""
-    layer_scale: float
-    growth_rate: float
-
-
 def bounded(value: Any) -> str | None:
     """What ``growth_rate`` may be."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1
     return None if ok else "a number >= 1, math.inf for no bound"
+
+
+Growth = Annotated[float, Allowed(bounded)]
 
 
 # Prodigy
@@ -73,7 +40,7 @@ def prodigy_moments(p, g, state, h):
     return (m, v, s, p0), (h.lr * g * (p0 - p), tl.abs(s))
 
 
-def prodigy_estimate(totals: Any, kept: Any, h: ProdigyScalars) -> tuple[Any, Any]:
+def prodigy_estimate(totals: Any, kept: Any, h: Any) -> tuple[Any, Any]:
     """The new estimate; without any progress all stays as it is."""
     along, size, _numel = totals.unbind()
     d, none = kept["d"], size == 0
@@ -106,7 +73,7 @@ def dadapt_moments(p, g, state, h):
     return (m, lerp(v, g * g, h.weight2), s), (along, h.layer_scale * tl.abs(s))
 
 
-def dadapt_estimate(totals: Any, kept: Any, h: DAdaptScalars) -> tuple[Any, Any]:
+def dadapt_estimate(totals: Any, kept: Any, h: Any) -> tuple[Any, Any]:
     """The new estimate, which never falls; without any progress all stays as it is."""
     along, size, _numel = totals.unbind()
     d, none = kept["d"], size == 0
@@ -124,15 +91,6 @@ def dadapt_apply(p, g, state, h, c):
 
 class _Estimating(Jointly):
     """What Prodigy and DAdaptAdam have in common."""
-
-    checks: ClassVar[dict[str, Check]] = {
-        "betas": pair(2),
-        "eps": positive,
-        "decouple": boolean,
-        "use_bias_correction": boolean,
-        "d0": positive,
-        "growth_rate": bounded,
-    }
 
     def _decay(self, group: Group) -> Decay:
         """With ``decouple_lr``, decay takes no account of the estimate either."""
@@ -194,34 +152,25 @@ class Prodigy(_Estimating):
     Paper: Mishchenko & Defazio, https://arxiv.org/abs/2306.06101.
     """
 
-    checks: ClassVar = {
-        **_Estimating.checks,
-        "beta3": optional(fraction),
-        "safeguard_warmup": boolean,
-        "d_coef": positive,
-    }
     shared: ClassVar[tuple[str, ...]] = ("beta3", "d0", "d_coef", "growth_rate")
 
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        beta3: float | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1.0,
+        betas: Betas = (0.9, 0.999),
+        beta3: Fraction | None = None,
+        eps: Positive = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         decouple: bool = True,
         use_bias_correction: bool = False,
         safeguard_warmup: bool = False,
-        d0: float = 1e-6,
-        d_coef: float = 1.0,
-        growth_rate: float = math.inf,
+        d0: Positive = 1e-6,
+        d_coef: Positive = 1.0,
+        growth_rate: Growth = math.inf,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "beta3": beta3, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"decouple": decouple, "use_bias_correction": use_bias_correction}
-        defaults |= {"safeguard_warmup": safeguard_warmup, "d0": d0, "d_coef": d_coef, "growth_rate": growth_rate}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def running(self, group: Group) -> dict[str, float]:
         return {"d": group["d0"], "d_max": group["d0"], "d_numerator": 0.0}
@@ -233,18 +182,23 @@ class Prodigy(_Estimating):
 
     def scalars(self, group: Group, step: int) -> Any:
         first, (beta1, beta2), (lr, decay) = self.param_groups[0], group["betas"], self._corrected(group, step)
-        return ProdigyScalars(
+        return row_of(
+            # The estimate before this step.
             d=group["d"],
             d0=first["d0"],
+            # Learning rate, with Adam's bias corrections if they are wanted; times ``d`` it is the step.
             lr=lr,
             weight1=1 - beta1,
             weight2=1 - beta2,
             beta3=math.sqrt(first["betas"][1]) if first["beta3"] is None else first["beta3"],
+            # Of the gradient in the sum of gradients: ``lr``, or 1 with a safeguard for warm-up.
             gain=1.0 if group["safeguard_warmup"] else lr,
             eps=group["eps"],
+            # What decoupled decay takes from the parameter, over ``d``.
             decay=decay,
             d_coef=first["d_coef"],
             growth_rate=first["growth_rate"],
+            # 1 at the first step, else 0.
             first=float(step == 1),
         )
 
@@ -293,27 +247,23 @@ class DAdaptAdam(_Estimating):
     Paper: Defazio & Mishchenko, https://arxiv.org/abs/2301.07733.
     """
 
-    checks: ClassVar = {**_Estimating.checks, "layer_scale": positive}
     shared: ClassVar[tuple[str, ...]] = ("d0", "growth_rate")
 
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1.0,
+        betas: Betas = (0.9, 0.999),
+        eps: Positive = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         decouple: bool = False,
         use_bias_correction: bool = False,
-        d0: float = 1e-6,
-        growth_rate: float = math.inf,
-        layer_scale: float = 1.0,
+        d0: Positive = 1e-6,
+        growth_rate: Growth = math.inf,
+        layer_scale: Positive = 1.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple": decouple}
-        defaults |= {"use_bias_correction": use_bias_correction, "d0": d0}
-        defaults |= {"growth_rate": growth_rate, "layer_scale": layer_scale}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def running(self, group: Group) -> dict[str, float]:
         return {"d": group["d0"], "numerator_weighted": 0.0}
@@ -325,13 +275,16 @@ class DAdaptAdam(_Estimating):
 
     def scalars(self, group: Group, step: int) -> Any:
         first, (beta1, beta2), (lr, decay) = self.param_groups[0], group["betas"], self._corrected(group, step)
-        return DAdaptScalars(
+        return row_of(
             d=group["d"],
+            # Learning rate, with Adam's bias corrections if they are wanted; times ``d`` it is the step.
             lr=lr,
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # Of the new gradient in the average of gradients.
             weight3=1 - math.sqrt(first["betas"][1]),
             eps=group["eps"],
+            # What decoupled decay takes from the parameter, over ``d``.
             decay=decay,
             layer_scale=group["layer_scale"],
             growth_rate=first["growth_rate"],

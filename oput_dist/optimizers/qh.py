@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, Literal
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, one_of, positive_integer, share
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import (
+    Allowed,
+    Betas,
+    Fraction,
+    Nonnegative,
+    PositiveInteger,
+    Share,
+    each,
+    hyperparameters,
+    share,
+)
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, lerp, lookahead
 from oput_dist.kernels.stage import Decay, Update
@@ -24,16 +33,8 @@ def mixing(value: Any) -> str | None:
     return None if value == 0 or share(value) is None else "a number in [0, 1]"
 
 
-def mixing_pair(value: Any) -> str | None:
-    """Two of them."""
-    ok = isinstance(value, (tuple, list)) and len(value) == 2 and all(mixing(nu) is None for nu in value)
-    return None if ok else "a tuple of 2 numbers in [0, 1]"
-
-
-class QHMScalars(NamedTuple):
-    lr: float
-    weight: float
-    nu: float
+Mixing = Annotated[float, Allowed(mixing)]
+Mixings = Annotated[tuple[float, float], Allowed(each(mixing, "a tuple of 2 numbers in [0, 1]", 2))]
 
 
 @rule
@@ -74,26 +75,17 @@ class QHM(Optimizer):
     Paper: Ma & Yarats, https://arxiv.org/abs/1810.06801.
     """
 
-    checks: ClassVar = {"momentum": fraction, "nu": mixing, "weight_decay_type": one_of("grad", "direct")}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.999,
-        nu: float = 0.7,
-        weight_decay: float = 0.0,
-        weight_decay_type: str = "grad",
+        lr: Nonnegative = 1e-3,
+        momentum: Fraction = 0.999,
+        nu: Mixing = 0.7,
+        weight_decay: Nonnegative = 0.0,
+        weight_decay_type: Literal["grad", "direct"] = "grad",
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nu": nu,
-            "weight_decay": weight_decay,
-            "weight_decay_type": weight_decay_type,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def complete(self, group: dict[str, Any]) -> None:
         super().complete(group)
@@ -105,23 +97,7 @@ class QHM(Optimizer):
         return Recipe((Update(qhm),), ("momentum_buffer",), decay)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return QHMScalars(group["lr"], 1 - group["momentum"], group["nu"])
-
-
-class QHAdamScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    correct1: float
-    """One over the bias correction of the gradient average."""
-    correct2: float
-    """One over that of the average of squares."""
-    nu1: float
-    nu2: float
-    eps: float
-    first: float = 0.0
-    """This and the next are lookahead's."""
-    pull: float = 0.0
+        return row_of(lr=group["lr"], weight=1 - group["momentum"], nu=group["nu"])
 
 
 @rule
@@ -171,28 +147,18 @@ class QHAdam(Optimizer):
     Paper: Ma & Yarats, https://arxiv.org/abs/1810.06801.
     """
 
-    checks: ClassVar = {"betas": pair(2), "nus": mixing_pair, "decouple_weight_decay": boolean, "eps": nonnegative}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.995, 0.999),
-        nus: tuple[float, float] = (0.7, 1.0),
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.995, 0.999),
+        nus: Mixings = (0.7, 1.0),
+        weight_decay: Nonnegative = 0.0,
         decouple_weight_decay: bool = False,
-        eps: float = 1e-8,
+        eps: Nonnegative = 1e-8,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "nus": nus,
-            "weight_decay": weight_decay,
-            "decouple_weight_decay": decouple_weight_decay,
-            "eps": eps,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def complete(self, group: dict[str, Any]) -> None:
         super().complete(group)
@@ -205,15 +171,17 @@ class QHAdam(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
-        return QHAdamScalars(
+        return row_of(
             lr=group["lr"],
+            eps=group["eps"],
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # One over the bias correction of the gradient average.
             correct1=1 / (1 - beta1**step),
+            # One over that of the average of squares.
             correct2=1 / (1 - beta2**step),
             nu1=group["nus"][0],
             nu2=group["nus"][1],
-            eps=group["eps"],
         )
 
 
@@ -258,32 +226,20 @@ class RangerQH(QHAdam):
     Wright, https://github.com/lessw2020/Ranger-Deep-Learning-Optimizer.
     """
 
-    checks: ClassVar = {**QHAdam.checks, "k": positive_integer, "alpha": share}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        nus: tuple[float, float] = (0.7, 1.0),
-        weight_decay: float = 0.0,
-        k: int = 6,
-        alpha: float = 0.5,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        nus: Mixings = (0.7, 1.0),
+        weight_decay: Nonnegative = 0.0,
+        k: PositiveInteger = 6,
+        alpha: Share = 0.5,
         decouple_weight_decay: bool = False,
-        eps: float = 1e-8,
+        eps: Nonnegative = 1e-8,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "nus": nus,
-            "weight_decay": weight_decay,
-            "k": k,
-            "alpha": alpha,
-            "decouple_weight_decay": decouple_weight_decay,
-            "eps": eps,
-        }
-        Optimizer.__init__(self, params, defaults, common)
+        Optimizer.__init__(self, params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = super().recipe(group, shape).decay
@@ -291,4 +247,4 @@ class RangerQH(QHAdam):
 
     def scalars(self, group: Group, step: int) -> Any:
         first, pull = lookahead_scalars(step, group["k"], group["alpha"])
-        return super().scalars(group, step)._replace(first=first, pull=pull)
+        return row_of(**super().scalars(group, step)._asdict(), first=first, pull=pull)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.stage import Decay, Update
 
-from .adam import AdamScalars, adam
+from .adam import adam
 from .scalars import rectification
 
 __all__ = ["RAdam"]
@@ -66,27 +65,20 @@ class RAdam(Optimizer):
     Paper: Liu et al., https://arxiv.org/abs/1908.03265.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, "decoupled_weight_decay": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
         decoupled_weight_decay: bool = False,
         decouple_wd: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decouple_wd if decoupled_weight_decay is False else decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, common)
+        if decoupled_weight_decay is False:
+            decoupled_weight_decay = decouple_wd
+        super().__init__(params, hyperparameters(locals(), "decouple_wd"), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.SHRINK if group["decoupled_weight_decay"] else Decay.L2
@@ -95,4 +87,4 @@ class RAdam(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
         lr, root, eps = rectified(group, step)
-        return AdamScalars(lr, 1 - beta1, 1 - beta2, root, eps)
+        return row_of(lr=lr, weight1=1 - beta1, weight2=1 - beta2, root=root, eps=eps)

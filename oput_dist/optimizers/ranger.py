@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative, number, positive_integer, share
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Allowed, Betas, Nonnegative, PositiveInteger, Share, hyperparameters, number
 from oput_dist.kernels.language import Rule, rule, tl
 from oput_dist.kernels.math import adam_moments, lerp, lookahead
 from oput_dist.kernels.stage import Decay
@@ -19,22 +18,6 @@ from .centralize import centralized
 from .scalars import lookahead_scalars, rectification
 
 __all__ = ["Ranger", "RangerAdaBelief"]
-
-
-class RangerScalars(NamedTuple):
-    lr: float
-    """Over the first moment's bias correction; in the adaptive phase times the rectification and the root of the
-    second moment's."""
-    weight1: float
-    weight2: float
-    eps: float
-    adaptive: float
-    """1 once the second moment is usable, 0 before."""
-    keep: float
-    """What decoupled decay leaves of the parameter."""
-    l2: float
-    first: float
-    pull: float
 
 
 @rule
@@ -73,17 +56,27 @@ def threshold(value: Any) -> str | None:
     return None if number(value) is None and value >= 4 else "a finite number >= 4"
 
 
+Threshold = Annotated[float, Allowed(threshold)]
+
+
 class RangerCommon(Common, total=False):
-    """What other libraries call ``n_sma_threshold``."""
+    """Spellings of ``n_sma_threshold`` in other implementations."""
 
     N_sma_threshhold: float
     n_sma_threshhold: float
 
 
-SPELLINGS = ("N_sma_threshhold", "n_sma_threshhold")
+class Respelled(Optimizer):
+    """Takes these spellings in parameter groups too."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for name in ("N_sma_threshhold", "n_sma_threshhold"):
+            if isinstance(param_group, dict) and name in param_group:
+                param_group["n_sma_threshold"] = param_group.pop(name)
+        super().add_param_group(param_group)
 
 
-class Ranger(Optimizer):
+class Ranger(Respelled):
     r"""Ranger: RAdam's moments of the centralised gradient, inside lookahead.
 
     .. math::
@@ -128,16 +121,6 @@ class Ranger(Optimizer):
     et al., https://arxiv.org/abs/2004.01461.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": nonnegative,
-        "k": positive_integer,
-        "alpha": share,
-        "decouple_wd": boolean,
-        "use_gc": boolean,
-        "gc_conv_only": boolean,
-        "n_sma_threshold": threshold,
-    }
     rules: ClassVar[tuple[Rule, Rule]] = (ranger, ranger_centred)
     l2_first: ClassVar[bool] = False
     """Whether L2 decay is centralised too."""
@@ -145,37 +128,20 @@ class Ranger(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.95, 0.999),
-        weight_decay: float = 0.0,
-        eps: float = 1e-5,
-        k: int = 6,
-        alpha: float = 0.5,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.95, 0.999),
+        weight_decay: Nonnegative = 0.0,
+        eps: Nonnegative = 1e-5,
+        k: PositiveInteger = 6,
+        alpha: Share = 0.5,
         decouple_wd: bool = True,
         use_gc: bool = True,
         gc_conv_only: bool = False,
-        n_sma_threshold: float = 5.0,
+        n_sma_threshold: Threshold = 5.0,
         **common: Unpack[RangerCommon],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "eps": eps,
-            "k": k,
-            "alpha": alpha,
-            "decouple_wd": decouple_wd,
-            "use_gc": use_gc,
-            "gc_conv_only": gc_conv_only,
-            "n_sma_threshold": common.pop("N_sma_threshhold", common.pop("n_sma_threshhold", n_sma_threshold)),
-        }
-        super().__init__(params, defaults, common)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for name in SPELLINGS:
-            if isinstance(param_group, dict) and name in param_group:
-                param_group["n_sma_threshold"] = param_group.pop(name)
-        super().add_param_group(param_group)
+        n_sma_threshold = common.pop("N_sma_threshhold", common.pop("n_sma_threshhold", n_sma_threshold))
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.L2 if self.l2_first and is_coupled(group) else Decay.NONE
@@ -185,12 +151,16 @@ class Ranger(Optimizer):
         beta1, beta2 = group["betas"]
         rectified = rectification(beta2, step, group["n_sma_threshold"])
         first, pull = lookahead_scalars(step, group["k"], group["alpha"])
-        return RangerScalars(
+        return row_of(
+            # Over the first moment's bias correction; in the adaptive phase times the rectification and the root of the
+            # second moment's.
             lr=group["lr"] * (1.0 if rectified is None else rectified * math.sqrt(1 - beta2**step)) / (1 - beta1**step),
             weight1=1 - beta1,
             weight2=1 - beta2,
             eps=group["eps"],
+            # 1 once the second moment is usable, 0 before.
             adaptive=float(rectified is not None),
+            # What decoupled decay leaves of the parameter.
             keep=1.0 if is_coupled(group) else 1 - decay_rate(group),
             l2=group["weight_decay"] if is_coupled(group) and not self.l2_first else 0.0,
             first=first,

@@ -5,14 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, optional, positive, positive_integer
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import (
+    Betas,
+    Fraction,
+    Nonnegative,
+    Positive,
+    PositiveInteger,
+    check_group,
+    hyperparameters,
+    positive_integer,
+)
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp, lookahead, softplus
 from oput_dist.kernels.stage import WHOLE, Joint, Measure, Update, Vectors
@@ -21,33 +29,6 @@ from .centralize import is_centralized
 from .scalars import lookahead_scalars
 
 __all__ = ["Ranger21"]
-
-
-class Ranger21Scalars(NamedTuple):
-    lr: float
-    """After warm-up and warm-down."""
-    step_size: float
-    """The same over the first moment's bias correction and the norm of the noise."""
-    decay: float
-    """Weight decay, as a share of the parameter at unit variance."""
-    weight1: float
-    weight2: float
-    correct2: float
-    """One over the second moment's bias correction."""
-    root: float
-    eps: float
-    beta0: float
-    odd: float
-    """1 at odd steps, which update the first of the two momenta, 0 at even ones."""
-    clip: float
-    clip_eps: float
-    norm_loss: float
-    smooth: float
-    """Sharpness of the softplus of the denominator; 0 for none."""
-    smoothed: float
-    """One over it, or 0."""
-    first: float
-    pull: float
 
 
 @rule
@@ -179,80 +160,38 @@ class Ranger21(Optimizer):
     Paper: Wright and Demeure, https://arxiv.org/abs/2106.13731.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "beta0": nonnegative,
-        "eps": positive,
-        "use_gc": boolean,
-        "gc_conv_only": boolean,
-        "agc_clipping_value": nonnegative,
-        "agc_eps": positive,
-        "normloss_factor": nonnegative,
-        "beta_softplus": nonnegative,
-        "lookahead_mergetime": positive_integer,
-        "lookahead_blending_alpha": fraction,
-        "num_iterations": optional(positive_integer),
-        "use_warmup": boolean,
-        "num_warmup_iterations": optional(positive_integer),
-        "warmdown_active": boolean,
-        "warmdown_start_pct": fraction,
-        "warmdown_min_lr": nonnegative,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        num_epochs: int | None = None,
-        num_batches_per_epoch: int | None = None,
-        num_iterations: int | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        beta0: float = 1.0,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-4,
+        lr: Nonnegative = 1e-3,
+        num_epochs: PositiveInteger | None = None,
+        num_batches_per_epoch: PositiveInteger | None = None,
+        num_iterations: PositiveInteger | None = None,
+        betas: Betas = (0.9, 0.999),
+        beta0: Nonnegative = 1.0,
+        eps: Positive = 1e-8,
+        weight_decay: Nonnegative = 1e-4,
         use_gc: bool = True,
         gc_conv_only: bool = False,
-        agc_clipping_value: float = 1e-2,
-        agc_eps: float = 1e-3,
-        normloss_factor: float = 1e-4,
-        beta_softplus: float = 50.0,
-        lookahead_mergetime: int = 5,
-        lookahead_blending_alpha: float = 0.5,
+        agc_clipping_value: Nonnegative = 1e-2,
+        agc_eps: Positive = 1e-3,
+        normloss_factor: Nonnegative = 1e-4,
+        beta_softplus: Nonnegative = 50.0,
+        lookahead_mergetime: PositiveInteger = 5,
+        lookahead_blending_alpha: Fraction = 0.5,
         use_warmup: bool = True,
-        num_warmup_iterations: int | None = None,
+        num_warmup_iterations: PositiveInteger | None = None,
         warmdown_active: bool = True,
-        warmdown_start_pct: float = 0.72,
-        warmdown_min_lr: float = 3e-5,
+        warmdown_start_pct: Fraction = 0.72,
+        warmdown_min_lr: Nonnegative = 3e-5,
         **common: Unpack[Common],
     ) -> None:
-        for name, value in (("num_epochs", num_epochs), ("num_batches_per_epoch", num_batches_per_epoch)):
-            if value is not None and (allowed := positive_integer(value)) is not None:
-                raise ValueError(f"Ranger21: {name}={value!r} is not allowed: must be {allowed}")
+        run = {"num_epochs": num_epochs, "num_batches_per_epoch": num_batches_per_epoch}
+        check_group("Ranger21", {k: n for k, n in run.items() if n is not None}, dict.fromkeys(run, positive_integer))
         if num_iterations is None and num_epochs is not None and num_batches_per_epoch is not None:
             num_iterations = num_epochs * num_batches_per_epoch
-        defaults = {
-            "lr": lr,
-            "num_iterations": num_iterations,
-            "betas": betas,
-            "beta0": beta0,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "use_gc": use_gc,
-            "gc_conv_only": gc_conv_only,
-            "agc_clipping_value": agc_clipping_value,
-            "agc_eps": agc_eps,
-            "normloss_factor": normloss_factor,
-            "beta_softplus": beta_softplus,
-            "lookahead_mergetime": lookahead_mergetime,
-            "lookahead_blending_alpha": lookahead_blending_alpha,
-            "use_warmup": use_warmup,
-            "num_warmup_iterations": num_warmup_iterations,
-            "warmdown_active": warmdown_active,
-            "warmdown_start_pct": warmdown_start_pct,
-            "warmdown_min_lr": warmdown_min_lr,
-            "base_lr": None,
-        }
-        super().__init__(params, defaults, common)
+        given = hyperparameters(locals(), "num_epochs", "num_batches_per_epoch", "run")
+        super().__init__(params, {**given, "base_lr": None}, common)
 
     def check(self, group: Group) -> None:
         if group["num_iterations"] is None and (group["use_warmup"] or group["warmdown_active"]):
@@ -296,21 +235,28 @@ class Ranger21(Optimizer):
         share = self._share(group, step)
         lr = group["lr"] * share
         first, pull = lookahead_scalars(step, group["lookahead_mergetime"], group["lookahead_blending_alpha"])
-        return Ranger21Scalars(
+        return row_of(
+            # After warm-up and warm-down.
             lr=lr,
+            # The same over the first moment's bias correction and the norm of the noise.
             step_size=lr / (1 - beta1**step) / math.hypot(1 + beta0, beta0),
+            # Weight decay, as a share of the parameter at unit variance.
             decay=decay_rate(group) * share,
             weight1=1 - beta1**2,
             weight2=1 - beta2,
+            # One over the second moment's bias correction.
             correct2=1 / (1 - beta2**step),
             root=1 / math.sqrt(1 - beta2**step),
             eps=group["eps"],
             beta0=beta0,
+            # 1 at odd steps, which update the first of the two momenta, 0 at even ones.
             odd=float(step % 2),
             clip=group["agc_clipping_value"],
             clip_eps=group["agc_eps"],
             norm_loss=group["normloss_factor"],
+            # Sharpness of the softplus of the denominator; 0 for none.
             smooth=sharpness,
+            # One over it, or 0.
             smoothed=1 / sharpness if sharpness else 0.0,
             first=first,
             pull=pull,

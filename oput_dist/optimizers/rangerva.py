@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Literal
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, one_of, positive, positive_integer, share
+from oput_dist.engine import Group, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, Positive, PositiveInteger, Share, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, lerp, lookahead, softplus
 from oput_dist.kernels.stage import Update
 
+from .ranger import RangerCommon, Respelled
 from .scalars import lookahead_scalars
 
 __all__ = ["RangerVA"]
-
-
-class RangerVAScalars(NamedTuple):
-    lr: float
-    """Learning rate with both bias corrections."""
-    weight1: float
-    weight2: float
-    squared: float
-    """1 if the second moment is that of squares, 0 if of absolute values."""
-    twice: float
-    """1 to average squares first, as the reference does."""
-    smooth: float
-    """Of the softplus; 0 for none."""
-    eps: float
-    keep: float
-    """What decay leaves of the parameter."""
-    first: float
-    pull: float
 
 
 @rule
@@ -68,17 +50,7 @@ def rangerva_amsgrad(p, g, state, h):
     return p, (m, v, slow, largest)
 
 
-class RangerVACommon(Common, total=False):
-    """What other libraries call ``n_sma_threshold``."""
-
-    N_sma_threshhold: float
-    n_sma_threshhold: float
-
-
-SPELLINGS = ("n_sma_threshhold", "N_sma_threshhold")
-
-
-class RangerVA(Optimizer):
+class RangerVA(Respelled):
     r"""RangerVA: the calibrated Adam (SAdam), whose denominator is a softplus and so never small, inside lookahead.
 
     .. math::
@@ -120,57 +92,25 @@ class RangerVA(Optimizer):
     https://github.com/lessw2020/Ranger-Deep-Learning-Optimizer.
     """
 
-    checks: ClassVar = {
-        "alpha": share,
-        "k": positive_integer,
-        "n_sma_threshold": positive,
-        "betas": pair(2),
-        "eps": positive,
-        "amsgrad": boolean,
-        "transformer": one_of("softplus", "", None),
-        "smooth": positive,
-        "grad_transformer": one_of("square", "abs"),
-        "bug_compat": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        alpha: float = 0.5,
-        k: int = 6,
-        n_sma_threshold: float = 5.0,
-        betas: tuple[float, float] = (0.95, 0.999),
-        eps: float = 1e-5,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        alpha: Share = 0.5,
+        k: PositiveInteger = 6,
+        n_sma_threshold: Positive = 5.0,
+        betas: Betas = (0.95, 0.999),
+        eps: Positive = 1e-5,
+        weight_decay: Nonnegative = 0.0,
         amsgrad: bool = True,
-        transformer: str | None = "softplus",
-        smooth: float = 50.0,
-        grad_transformer: str = "square",
+        transformer: Literal["softplus", "", None] = "softplus",
+        smooth: Positive = 50.0,
+        grad_transformer: Literal["square", "abs"] = "square",
         bug_compat: bool = False,
-        **common: Unpack[RangerVACommon],
+        **common: Unpack[RangerCommon],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "k": k,
-            "n_sma_threshold": common.pop("n_sma_threshhold", common.pop("N_sma_threshhold", n_sma_threshold)),
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "transformer": transformer,
-            "smooth": smooth,
-            "grad_transformer": grad_transformer,
-            "bug_compat": bug_compat,
-        }
-        super().__init__(params, defaults, common)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        for name in SPELLINGS:
-            if isinstance(param_group, dict) and name in param_group:
-                param_group["n_sma_threshold"] = param_group.pop(name)
-        super().add_param_group(param_group)
+        n_sma_threshold = common.pop("n_sma_threshhold", common.pop("N_sma_threshhold", n_sma_threshold))
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         names = ("exp_avg", "exp_avg_sq", "slow_buffer")
@@ -183,14 +123,19 @@ class RangerVA(Optimizer):
         squared, twice = group["grad_transformer"] == "square", group["bug_compat"]
         correct2 = 1 - beta2**step
         first, pull = lookahead_scalars(step, group["k"], group["alpha"])
-        return RangerVAScalars(
+        return row_of(
+            # Learning rate with both bias corrections.
             lr=group["lr"] * (math.sqrt(correct2) if squared or twice else correct2) / (1 - beta1**step),
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # 1 if the second moment is that of squares, 0 if of absolute values.
             squared=float(squared),
+            # 1 to average squares first, as the reference does.
             twice=float(twice),
+            # Of the softplus; 0 for none.
             smooth=group["smooth"] if group["transformer"] else 0.0,
             eps=group["eps"],
+            # What decay leaves of the parameter.
             keep=1 - decay_rate(group),
             first=first,
             pull=pull,

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import boolean, fraction, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, lerp
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["RMSprop"]
-
-
-class RMSpropScalars(NamedTuple):
-    lr: float
-    weight: float
-    eps: float
-    momentum: float
 
 
 @rule
@@ -99,36 +92,19 @@ class RMSprop(Optimizer):
     https://arxiv.org/abs/1308.0850.
     """
 
-    checks: ClassVar = {
-        "alpha": fraction,
-        "eps": nonnegative,
-        "momentum": fraction,
-        "centered": boolean,
-        "decouple_wd": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        lr: Nonnegative = 1e-2,
+        alpha: Fraction = 0.99,
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        momentum: Fraction = 0.0,
         centered: bool = False,
         decouple_wd: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "decouple_wd": decouple_wd,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         rules = {
@@ -143,4 +119,4 @@ class RMSprop(Optimizer):
         return Recipe((Update(rules[centered, moving]),), state, decay)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return RMSpropScalars(group["lr"], 1 - group["alpha"], group["eps"], group["momentum"])
+        return row_of(lr=group["lr"], weight=1 - group["alpha"], eps=group["eps"], momentum=group["momentum"])

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from oput_dist.engine import Group
 
 __all__: list[str] = []
+
+
+def adam_scalars(group: Group, step: int) -> dict[str, Any]:
+    """What Adam's rule takes.
+
+    ``lr`` over the first moment's bias correction; ``weight1`` and ``weight2``, of the new value in the moments;
+    ``root``, one over the square root of the second moment's bias correction; ``eps``.
+    """
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": group["lr"] / (1 - beta1**step),
+        "weight1": 1 - beta1,
+        "weight2": 1 - beta2,
+        "root": 1 / math.sqrt(1 - beta2**step),
+        "eps": group["eps"],
+    }
 
 
 def rectification(beta2: float, step: int, threshold: float = 5.0) -> float | None:

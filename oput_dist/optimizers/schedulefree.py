@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import fraction, nonnegative, nonnegative_integer
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, NonnegativeInteger, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Update
 
 __all__ = ["AdamWScheduleFree", "SGDScheduleFree", "ScheduleFree"]
-
-
-class ScheduleFreeScalars(NamedTuple):
-    lr: float
-    decay: float
-    """What weight decay adds to the step, as a share of the parameter."""
-    weight: float
-    """Of the newest iterate in the average."""
-    ahead: float
-    """How far the parameter goes with a step of the iterate: between nothing and, with beta 0, all of it."""
-    first: float
-    weight2: float
-    root: float
-    eps: float
-
-
-class SwapScalars(NamedTuple):
-    weight: float
 
 
 @rule
@@ -61,9 +42,6 @@ def schedule_free_adamw(p, g, state, h):
 @rule
 def swap(p, g, state, h):
     return lerp(p, state[0], h.weight), state
-
-
-_WEIGHTS = {"warmup_steps": nonnegative_integer, "r": nonnegative, "weight_lr_power": nonnegative}
 
 
 class ScheduleFree(Optimizer):
@@ -96,7 +74,7 @@ class ScheduleFree(Optimizer):
 
     def _switch(self, mode: bool, weight: Callable[[float], float]) -> None:
         groups = {i: group for i, group in enumerate(self.param_groups) if group["train_mode"] != mode}
-        rows = {i: SwapScalars(weight(self.beta1(group))) for i, group in groups.items()}
+        rows = {i: row_of(weight=weight(self.beta1(group))) for i, group in groups.items()}
         self.rewrite(Update(swap), ("z",), rows)
         for group in groups.values():
             group["train_mode"] = mode
@@ -127,10 +105,13 @@ class ScheduleFree(Optimizer):
         share = weight / (group["weight_sum"] + weight + 1e-300)
         warmed = min(1.0, (group["k"] + 1) / group["warmup_steps"]) if group["warmup_steps"] else 1.0
         beta2 = group["betas"][1] if "betas" in group else 0.0
-        return ScheduleFreeScalars(
+        return row_of(
             lr=lr,
+            # What weight decay adds to the step, as a share of the parameter.
             decay=decay_rate(group) * warmed,
+            # Of the newest iterate in the average.
             weight=share,
+            # How far the parameter goes with a step of the iterate: between nothing and, with beta 0, all of it.
             ahead=1 - self.beta1(group) * (1 - share),
             first=float(step == 1),
             weight2=1 - beta2,
@@ -179,28 +160,18 @@ class SGDScheduleFree(ScheduleFree):
     Paper: Defazio et al., https://arxiv.org/abs/2405.15682.
     """
 
-    checks: ClassVar = {"momentum": fraction, **_WEIGHTS}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1.0,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
-        r: float = 0.0,
-        weight_lr_power: float = 2.0,
+        lr: Nonnegative = 1.0,
+        momentum: Fraction = 0.9,
+        weight_decay: Nonnegative = 0.0,
+        warmup_steps: NonnegativeInteger = 0,
+        r: Nonnegative = 0.0,
+        weight_lr_power: Nonnegative = 2.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "r": r,
-            "weight_lr_power": weight_lr_power,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(schedule_free_sgd),), ("z",))
@@ -237,30 +208,19 @@ class AdamWScheduleFree(ScheduleFree):
     Paper: Defazio et al., https://arxiv.org/abs/2405.15682.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": nonnegative, **_WEIGHTS}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 2.5e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
-        r: float = 0.0,
-        weight_lr_power: float = 2.0,
+        lr: Nonnegative = 2.5e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.0,
+        warmup_steps: NonnegativeInteger = 0,
+        r: Nonnegative = 0.0,
+        weight_lr_power: Nonnegative = 2.0,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "r": r,
-            "weight_lr_power": weight_lr_power,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(schedule_free_adamw),), ("z", "exp_avg_sq"))

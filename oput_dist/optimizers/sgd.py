@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import boolean, fraction
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Allowed, Fraction, Nonnegative, fraction, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["SGD", "SGDW"]
-
-
-class SGDScalars(NamedTuple):
-    lr: float
-    momentum: float
-    gain: float
 
 
 @rule
@@ -42,6 +36,9 @@ def sgd_nesterov(p, g, state, h):
 def dampening_check(value: Any) -> str | None:
     """A number, or whether it is the momentum."""
     return None if isinstance(value, bool) or fraction(value) is None else "True, False or a number in [0, 1)"
+
+
+Dampening = Annotated[float | bool, Allowed(dampening_check)]
 
 
 class SGD(Optimizer):
@@ -76,36 +73,19 @@ class SGD(Optimizer):
     decoupled decay: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101.
     """
 
-    checks: ClassVar = {
-        "momentum": fraction,
-        "dampening": dampening_check,
-        "nesterov": boolean,
-        "decouple_wd": boolean,
-        "torch_init": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float | bool = 0.0,
+        lr: Nonnegative = 1e-3,
+        momentum: Fraction = 0.0,
+        dampening: Dampening = 0.0,
         nesterov: bool = False,
-        weight_decay: float = 0.0,
+        weight_decay: Nonnegative = 0.0,
         decouple_wd: bool = False,
         torch_init: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decouple_wd": decouple_wd,
-            "torch_init": torch_init,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def check(self, group: Group) -> None:
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
@@ -125,7 +105,7 @@ class SGD(Optimizer):
         averaged = group["dampening"] is True
         dampening = group["momentum"] if averaged else group["dampening"]
         plain_first = step == 1 and (group["torch_init"] or not averaged)
-        return SGDScalars(group["lr"], group["momentum"], 1.0 if plain_first else 1.0 - dampening)
+        return row_of(lr=group["lr"], momentum=group["momentum"], gain=1.0 if plain_first else 1.0 - dampening)
 
 
 class SGDW(SGD):
@@ -154,11 +134,11 @@ class SGDW(SGD):
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float | bool = 0.0,
-        weight_decay: float = 1e-2,
+        lr: Nonnegative = 1e-3,
+        momentum: Fraction = 0.0,
+        dampening: Dampening = 0.0,
+        weight_decay: Nonnegative = 1e-2,
         nesterov: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, lr, momentum, dampening, nesterov, weight_decay, decouple_wd=True, **common)
+        super().__init__(params, **hyperparameters(locals()), decouple_wd=True, **common)

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import boolean, fraction, nonnegative, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.stage import WHOLE, Apply, Measure, Update, Vectors
 
 from .adamp import projection
 
 __all__ = ["SGDP"]
-
-
-class SGDPScalars(NamedTuple):
-    lr: float
-    momentum: float
-    gain: float
-    ahead: float
-    """Weight of the gradient in the direction: 0, or 1 with Nesterov momentum."""
-    along: float
-    """Weight of the momentum in the direction: 1, or ``momentum`` with Nesterov momentum."""
-    eps: float
-    delta: float
-    wd_ratio: float
-    decay: float
-    """Share of the parameter that decay removes, where the step is not projected."""
 
 
 @rule
@@ -96,39 +81,20 @@ class SGDP(Optimizer):
     Paper: Heo et al., https://arxiv.org/abs/2006.08217.
     """
 
-    checks: ClassVar = {
-        "momentum": fraction,
-        "dampening": fraction,
-        "nesterov": boolean,
-        "eps": positive,
-        "delta": nonnegative,
-        "wd_ratio": fraction,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        momentum: Fraction = 0.0,
+        dampening: Fraction = 0.0,
+        weight_decay: Nonnegative = 0.0,
         nesterov: bool = False,
-        eps: float = 1e-8,
-        delta: float = 0.1,
-        wd_ratio: float = 0.1,
+        eps: Positive = 1e-8,
+        delta: Nonnegative = 0.1,
+        wd_ratio: Fraction = 0.1,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "eps": eps,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def check(self, group: Group) -> None:
         if group["nesterov"] and group["momentum"] == 0:
@@ -142,14 +108,17 @@ class SGDP(Optimizer):
 
     def scalars(self, group: Group, step: int) -> Any:
         momentum, nesterov = group["momentum"], group["nesterov"]
-        return SGDPScalars(
+        return row_of(
             lr=group["lr"],
             momentum=momentum,
             gain=1 - group["dampening"],
+            # Weight of the gradient in the direction: 0, or 1 with Nesterov momentum.
             ahead=float(nesterov),
+            # Weight of the momentum in the direction: 1, or ``momentum`` with Nesterov momentum.
             along=momentum if nesterov else 1.0,
             eps=group["eps"],
             delta=group["delta"],
             wd_ratio=group["wd_ratio"],
+            # Share of the parameter that decay removes, where the step is not projected.
             decay=decay_rate(group) / (1.0 if group["decouple_lr"] else 1 - momentum),
         )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import boolean, fraction
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import lerp, sign
 from oput_dist.kernels.stage import Decay, Update
 
 __all__ = ["Signum", "Tiger"]
-
-
-class SignumScalars(NamedTuple):
-    lr: float
-    weight: float
 
 
 @rule
@@ -59,19 +54,16 @@ class Signum(Optimizer):
     Paper: Bernstein et al., https://arxiv.org/abs/1802.04434.
     """
 
-    checks: ClassVar = {"momentum": fraction, "decouple_wd": boolean}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-4,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-4,
+        momentum: Fraction = 0.9,
+        weight_decay: Nonnegative = 0.0,
         decouple_wd: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "decouple_wd": decouple_wd}
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.SHRINK if group["decouple_wd"] else Decay.L2
@@ -80,7 +72,7 @@ class Signum(Optimizer):
         return Recipe((Update(signum),), ("momentum_buffer",), decay)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return SignumScalars(group["lr"], 1 - group["momentum"])
+        return row_of(lr=group["lr"], weight=1 - group["momentum"])
 
 
 class Tiger(Optimizer):
@@ -109,20 +101,18 @@ class Tiger(Optimizer):
     Paper: Su, https://github.com/bojone/tiger.
     """
 
-    checks: ClassVar = {"beta": fraction}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        beta: float = 0.965,
-        weight_decay: float = 0.01,
+        lr: Nonnegative = 1e-3,
+        beta: Fraction = 0.965,
+        weight_decay: Nonnegative = 0.01,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(signum),), ("exp_avg",), Decay.SHRINK)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return SignumScalars(group["lr"], 1 - group["beta"])
+        return row_of(lr=group["lr"], weight=1 - group["beta"])

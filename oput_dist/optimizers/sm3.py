@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import fraction
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Fraction, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_most, lerp
 from oput_dist.kernels.stage import Decay, Measure, Stored, Update, Vectors
 
 __all__ = ["SM3"]
-
-
-class SM3Scalars(NamedTuple):
-    lr: float
-    weight: float
-    """Of the new direction in the momentum: 1 without momentum."""
 
 
 @rule
@@ -43,21 +37,28 @@ def sm3_bounds(maxima: Any, bounds: Any, h: Any) -> tuple[Any, Any]:
 
 @rule
 def sm3_apply(p, g, state, h, c):
-    u = g / tl.sqrt(sm3_bound(g, c) + 1e-30)
-    if len(state) == 0:
-        return p - h.lr * u, state
-    m = lerp(state[0], u, h.weight)
+    return p - h.lr * (g / tl.sqrt(sm3_bound(g, c) + 1e-30)), state
+
+
+@rule
+def sm3_apply_momentum(p, g, state, h, c):
+    m = lerp(state[0], g / tl.sqrt(sm3_bound(g, c) + 1e-30), h.weight)
     return p - h.lr * m, (m,)
+
+
+# Vectors and scalars keep one value for each element, which is Adagrad.
 
 
 @rule
 def sm3_vector(p, g, state, h):
-    """Vectors and scalars keep one value for each element, which is Adagrad."""
     v = state[0] + g * g
-    u = g / tl.sqrt(v + 1e-30)
-    if len(state) == 1:
-        return p - h.lr * u, (v,)
-    m = lerp(state[1], u, h.weight)
+    return p - h.lr * (g / tl.sqrt(v + 1e-30)), (v,)
+
+
+@rule
+def sm3_vector_momentum(p, g, state, h):
+    v = state[0] + g * g
+    m = lerp(state[1], g / tl.sqrt(v + 1e-30), h.weight)
     return p - h.lr * m, (v, m)
 
 
@@ -90,26 +91,30 @@ class SM3(Optimizer):
     Paper: Anil et al., https://arxiv.org/abs/1901.11150.
     """
 
-    checks: ClassVar = {"momentum": fraction}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 0.1,
+        momentum: Fraction = 0.9,
+        weight_decay: Nonnegative = 0.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         state = ("momentum_buffer",) if group["momentum"] else ()
         if len(shape) < 2:
-            return Recipe((Update(sm3_vector),), ("accumulator", *state), Decay.SHRINK)
+            vector = sm3_vector_momentum if state else sm3_vector
+            return Recipe((Update(vector),), ("accumulator", *state), Decay.SHRINK)
         axes = tuple((axis,) for axis in range(len(shape)))
         measure = Measure(sm3_measure, (), writes_state=False, given=Stored(axes), maxima=axes)
         bounds = tuple((f"accumulator_{axis}", (axis,)) for axis in range(len(shape)))
-        return Recipe((measure, Update(sm3_apply, Vectors(sm3_bounds, ()))), state, Decay.SHRINK, bounds)
+        apply = Update(sm3_apply_momentum if state else sm3_apply, Vectors(sm3_bounds, ()))
+        return Recipe((measure, apply), state, Decay.SHRINK, bounds)
 
     def scalars(self, group: Group, step: int) -> Any:
-        return SM3Scalars(group["lr"], 1 - group["momentum"])
+        return row_of(
+            lr=group["lr"],
+            # Of the new direction in the momentum: 1 without momentum.
+            weight=1 - group["momentum"],
+        )

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_least
 from oput_dist.kernels.stage import WHOLE, Apply, Factors, Measure
 
 __all__ = ["StableAdamW"]
-
-
-class StableAdamWScalars(NamedTuple):
-    lr: float
-    weight1: float
-    weight2: float
-    correct1: float
-    """One over the first moment's bias correction."""
-    correct2: float
-    """One over the second moment's bias correction."""
-    root: float
-    """Square root of ``correct2``."""
-    eps: float
-    floor: float
-    """The square of ``eps``, or the least normal fp32 number where that is smaller."""
-    decay: float
-    """Share of the parameter that decay removes, before the step is shrunk."""
 
 
 @rule
@@ -86,18 +68,16 @@ class StableAdamW(Optimizer):
     Paper: Wortsman et al., https://arxiv.org/abs/2304.13013.
     """
 
-    checks: ClassVar = {"betas": pair(2), "eps": positive}
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-6,
-        weight_decay: float = 1e-2,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.99),
+        eps: Positive = 1e-6,
+        weight_decay: Nonnegative = 1e-2,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         stages = (Measure(stable_moments, (WHOLE,)), Apply(stable_apply, Factors(stable_shrinkage, n=2)))
@@ -106,14 +86,19 @@ class StableAdamW(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
         correct2 = 1 / (1 - beta2**step)
-        return StableAdamWScalars(
+        return row_of(
             lr=group["lr"],
             weight1=1 - beta1,
             weight2=1 - beta2,
+            # One over the first moment's bias correction.
             correct1=1 / (1 - beta1**step),
+            # One over the second moment's bias correction.
             correct2=correct2,
+            # Square root of ``correct2``.
             root=math.sqrt(correct2),
             eps=group["eps"],
+            # The square of ``eps``, or the least normal fp32 number where that is smaller.
             floor=max(group["eps"] ** 2, 1.2e-38),
+            # Share of the parameter that decay removes, before the step is shrunk.
             decay=decay_rate(group),
         )

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative, positive
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, Positive, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import adam_moments, at_least, lerp
 from oput_dist.kernels.stage import WHOLE, Decay, Measure, Update, Vectors
 
 __all__ = ["SWATS"]
-
-
-class SWATSScalars(NamedTuple):
-    lr: float
-    """Learning rate of the Adam phase, times the root of the second moment's bias correction, over the first's."""
-    weight1: float
-    weight2: float
-    eps: float
-    ahead: float
-    """Weight of the gradient in the SGD step: 0, or ``weight1`` with Nesterov momentum."""
-    correct: float
-    """One over the second moment's bias correction."""
-    tolerance: float
 
 
 @rule
@@ -48,7 +34,7 @@ def swats_moments_amsgrad(p, g, state, h):
     return (m, v, largest), (u * u, u * g)
 
 
-def swats_phase(sums: Any, vectors: Any, h: SWATSScalars) -> tuple[Any, Any]:
+def swats_phase(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The estimate of SGD's learning rate, and this rate once the estimate stands still; 0 while Adam goes on."""
     u_u, u_g, _count, step = sums
     average, sgd_lr = vectors
@@ -128,36 +114,19 @@ class SWATS(Optimizer):
     Paper: Keskar & Socher, https://arxiv.org/abs/1712.07628.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": positive,
-        "amsgrad": boolean,
-        "nesterov": boolean,
-        "tolerance": nonnegative,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: Positive = 1e-3,
+        weight_decay: Nonnegative = 0.0,
         amsgrad: bool = False,
         nesterov: bool = False,
-        tolerance: float = 1e-6,
+        tolerance: Nonnegative = 1e-6,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "nesterov": nesterov,
-            "tolerance": tolerance,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         rules: Any = (swats_moments, swats)
@@ -170,12 +139,15 @@ class SWATS(Optimizer):
     def scalars(self, group: Group, step: int) -> Any:
         beta1, beta2 = group["betas"]
         correction2 = 1 - beta2**step
-        return SWATSScalars(
+        return row_of(
+            # Learning rate of the Adam phase, times the root of the second moment's bias correction, over the first's.
             lr=group["lr"] * math.sqrt(correction2) / (1 - beta1**step),
             weight1=1 - beta1,
             weight2=1 - beta2,
             eps=group["eps"],
+            # Weight of the gradient in the SGD step: 0, or ``weight1`` with Nesterov momentum.
             ahead=1 - beta1 if group["nesterov"] else 0.0,
+            # One over the second moment's bias correction.
             correct=1 / correction2,
             tolerance=group["tolerance"],
         )

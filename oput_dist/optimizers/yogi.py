@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape
-from oput_dist.engine.hyper import betas as pair
-from oput_dist.engine.hyper import boolean, nonnegative
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
+from oput_dist.engine.hyper import Betas, Nonnegative, hyperparameters
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp, sign
 from oput_dist.kernels.stage import Decay, Update
 
+from .scalars import adam_scalars
+
 __all__ = ["Yogi"]
-
-
-class YogiScalars(NamedTuple):
-    lr: float
-    """Learning rate over the first moment's bias correction."""
-    weight1: float
-    weight2: float
-    root: float
-    """One over the square root of the second moment's bias correction."""
-    eps: float
-    start1: float
-    start2: float
-    """What moments begin with, at the first step, where the state is still zero; 0 later."""
 
 
 @rule
@@ -74,46 +61,24 @@ class Yogi(Optimizer):
     https://papers.nips.cc/paper/8186-adaptive-methods-for-nonconvex-optimization.
     """
 
-    checks: ClassVar = {
-        "betas": pair(2),
-        "eps": nonnegative,
-        "initial_accumulator": nonnegative,
-        "initial_momentum": boolean,
-    }
-
     def __init__(
         self,
         params: Params,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-3,
-        initial_accumulator: float = 1e-6,
-        weight_decay: float = 0.0,
+        lr: Nonnegative = 1e-2,
+        betas: Betas = (0.9, 0.999),
+        eps: Nonnegative = 1e-3,
+        initial_accumulator: Nonnegative = 1e-6,
+        weight_decay: Nonnegative = 0.0,
         initial_momentum: bool = False,
         **common: Unpack[Common],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "initial_accumulator": initial_accumulator,
-            "weight_decay": weight_decay,
-            "initial_momentum": initial_momentum,
-        }
-        super().__init__(params, defaults, common)
+        super().__init__(params, hyperparameters(locals()), common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Update(yogi),), ("exp_avg", "exp_avg_sq"), Decay.L2)
 
     def scalars(self, group: Group, step: int) -> Any:
-        beta1, beta2 = group["betas"]
-        start = group["initial_accumulator"] if step == 1 else 0.0
-        return YogiScalars(
-            lr=group["lr"] / (1 - beta1**step),
-            weight1=1 - beta1,
-            weight2=1 - beta2,
-            root=1 / math.sqrt(1 - beta2**step),
-            eps=group["eps"],
-            start1=start if group["initial_momentum"] else 0.0,
-            start2=start,
-        )
+        # What moments begin with, at the first step, where the state is still zero; 0 later.
+        start2 = group["initial_accumulator"] if step == 1 else 0.0
+        start1 = start2 if group["initial_momentum"] else 0.0
+        return row_of(**adam_scalars(group, step), start1=start1, start2=start2)
