@@ -93,6 +93,8 @@ def _box_tile(
     column_tiles = tl.cdiv(columns, BC)
     for i in tl.static_range(len(TERMS)):
         term = terms[i]
+        if TERMS[i] > 1:  # a GPU's maximum hides NaN
+            term = tl.where(term == term, term, float("inf"))
         if MASKED:
             term = tl.where(mask, term, 0.0)
         out = pointer(row, 5 + len(S) + 4 * N_FACTORS + i, tl.float64, True)

@@ -79,7 +79,7 @@ def compute(
         terms = (((p - before) * g < 0).to(C),)
     if CAUTION == 2:
         move = p - before
-        p = before + tl.where(move * g < 0, move * agreed, 0.0)
+        p = before + tl.where(move * g >= 0, 0.0, move * agreed)  # NaN moves
     return p, state, terms
 
 

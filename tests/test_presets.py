@@ -102,6 +102,17 @@ def test_the_same_after_wrapping(pool: Pool, kind: str) -> None:
     assert pool.run(2, spared_when_wrapped, kind) == [wanted] * 2
 
 
+def bare_parameters_of_fsdp1() -> str:
+    net = FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ValueError, match="needs the wrapped module in their place") as error:
+        oput.create("sgd_momentum", net.parameters(), weight_decay=0.1)
+    return str(error.value)
+
+
+def test_bare_parameters_of_fsdp1_are_refused(pool: Pool) -> None:
+    assert all(pool.run(2, bare_parameters_of_fsdp1))
+
+
 def test_a_flat_parameter_of_both_kinds_is_refused(pool: Pool) -> None:
     for message in pool.run(2, spared_when_wrapped, "fsdp1-flat"):
         assert "holds '0.weight', which decays, and '0.bias', which does not: wrap the module with use_orig" in message

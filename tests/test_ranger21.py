@@ -50,3 +50,37 @@ def test_the_default_warmup_is_2000_steps_or_22_percent_of_a_short_run() -> None
 
 def test_after_the_run_the_rate_stays_at_the_least() -> None:
     assert rates(60, num_iterations=50, warmdown_min_lr=0.2)[-5:] == pytest.approx([0.2] * 5)
+
+
+def moved(shapes: list[tuple[int, ...]], gradient: Any, **options: Any) -> float:
+    """The largest move of a parameter in four steps."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    before = [p.detach().clone() for p in params]
+    optimizer = oput.Ranger21(params, lr=1e-2, num_iterations=100, use_warmup=False, **options)
+    for step in range(4):
+        for p in params:
+            p.grad = gradient(p, torch.Generator().manual_seed(step))
+        optimizer.step()
+    return max((p.detach() - b).abs().max().item() for p, b in zip(params, before, strict=True))
+
+
+def test_what_centring_leaves_nothing_of_does_not_move() -> None:
+    """Weights of one column, and gradients that are constant along rows: rounding errors are no gradients."""
+
+    def column(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        size = (p.shape[0], *[1] * (p.ndim - 1))
+        return torch.randn(size, generator=generator).expand(p.shape) * 0.01
+
+    assert moved([(8, 1)], column, weight_decay=0.0, normloss_factor=0.0) == 0.0
+    assert moved([(8, 6), (5,)], column, weight_decay=0.0, normloss_factor=0.0) < 1.0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_no_gradient_at_all_leaves_the_model_finite(decay: float) -> None:
+    assert moved([(3, 4), (1, 5)], lambda p, _: torch.zeros_like(p), weight_decay=decay) < 0.1
+
+
+def test_a_rate_of_zero_is_no_beginning_of_a_schedule() -> None:
+    with pytest.raises(ValueError, match="lr=0 with its own schedule"):
+        oput.Ranger21([nn.Parameter(torch.ones(2))], lr=0.0, num_iterations=10)

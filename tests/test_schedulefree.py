@@ -127,6 +127,8 @@ def modes(layout: str, name: str) -> list[list[Tensor]]:
     found = []
     for switch in (optimizer.eval, optimizer.train):
         switch()
+        with torch.no_grad():  # leaves FSDP's parameters gathered: they must not be taken for new ones
+            found.append([module(torch.ones(4, 5))])
         if layout == "fsdp1":
             with FullyShardedDataParallel.summon_full_params(module):
                 found.append([p.detach().clone() for p in module.parameters()])
@@ -143,4 +145,47 @@ def test_modes_under_sharding(pool: Pool, layout: str, name: str) -> None:
     for found in pool.run(2, modes, layout, name):
         for ours, theirs in zip(found, wanted, strict=True):
             assert largest_difference(ours, theirs) <= 2e-6
-    assert largest_difference(*wanted) > 1e-3
+    assert largest_difference(wanted[1], wanted[3]) > 1e-3
+
+
+@every
+def test_what_has_not_stepped_is_left_alone(name: str) -> None:
+    params = parameters()
+    optimizer: Any = make(name, params)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # as torch.distributed.checkpoint makes state
+    assert optimizer.state[params[0]]["z"].shape == params[0].shape
+    optimizer.eval()
+    assert same([p.detach() for p in params], [p.detach() for p in parameters()])
+
+
+def frozen_between() -> list[Tensor]:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 4)
+    group = {"shard_group": dist.group.WORLD} if dist.get_world_size() > 1 else {}
+    optimizer = oput.SGDScheduleFree(module, lr=0.1, **group)
+    for step in range(3):
+        optimizer.zero_grad()
+        module(torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+    module.weight.requires_grad_(False)
+    optimizer.eval()
+    module.weight.requires_grad_(True)
+    optimizer.train()
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_a_parameter_frozen_between_the_modes(pool: Pool) -> None:
+    (wanted,) = pool.run(1, frozen_between)
+    for found in pool.run(2, frozen_between):
+        assert largest_difference(found, wanted) <= 1e-6
+
+
+@every
+def test_a_tensor_lr_keeps_the_running_values_numbers(name: str) -> None:
+    params, other = parameters(), parameters()
+    optimizer, plain = make(name, params, lr=torch.tensor(0.05, dtype=torch.float64)), make(name, other)
+    assert same(walk(optimizer, params, range(3)), walk(plain, other, range(3)))
+    assert isinstance(optimizer.param_groups[0]["weight_sum"], float)

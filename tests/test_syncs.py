@@ -26,6 +26,8 @@ class Trapped(TorchDispatchMode):
 
 def steps(name: str, options: dict[str, Any], count: int) -> None:
     params = parameters()
+    if options.get("cautious") and OPTIMIZERS[name].why_not_cautious:
+        options = {}
     optimizer = create(name, params, weight_decay=0.1, **options)
     for step in range(count):
         for p, g in zip(params, tensors(step), strict=True):

@@ -129,7 +129,7 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
     def cautious(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         p_in, g_in, p_out, state_out = moved(p, g, state, row, scale, c[:-1])
         move = p_out - p_in
-        p.copy_(p_in + torch.where(move * g_in < 0, move * c[-1], 0.0))
+        p.copy_(p_in + torch.where(move * g_in >= 0, 0.0, move * c[-1]))
         for old, new in zip(state, state_out):  # noqa: B905
             old.copy_(new)
         return ()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oput_dist.layout import Flat, clean_name, flattened_in
+from oput_dist.layout import Flat, clean_name, flattened_in, is_flattened
 
 from .optimizer import Params
 
@@ -37,6 +37,11 @@ def groups_by_decay(params: Params) -> list[dict[str, Any]]:
                 "parameters, and not groups"
             )
         named = [entry if isinstance(entry, tuple) else ("", entry) for entry in entries]
+        if any(is_flattened(p) for _, p in named):
+            raise ValueError(
+                "FSDP1 (FullyShardedDataParallel) flattened these parameters, so their shapes and layers are unknown: "
+                "this configuration, which spares biases and norms from decay, needs the wrapped module in their place"
+            )
         spared = {p: _is_spared(name, len(p.shape)) for name, p in named}
     with_names = all(name for name, _ in named)
     decayed: list[Any] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,14 +15,23 @@ from .slot import Slot
 __all__ = ["finish", "updated"]
 
 
-def finish(plan: Plan, written: Iterable[tuple[Slot, torch.Tensor]]) -> None:
-    """Store what was written to flat copies, and gather what is partitioned: on all ranks, whatever they wrote."""
+def finish(
+    plan: Plan, written: Iterable[tuple[Slot, torch.Tensor]], concerned: Callable[[Slot], bool] | None = None
+) -> None:
+    """Store what was written to flat copies, and gather what is partitioned: on all ranks, whatever they wrote.
+
+    Args:
+        plan: the plan.
+        written: slots with what was written for them.
+        concerned: which partitioned slots to gather, the same on all ranks; by default those that steps update.
+    """
+    concerned = concerned or updated
     for slot, values in written:
         if not slot.in_place:
             slot.store(values)
     gathered: dict[Any, list[Slot]] = {}
     for slot in plan.slots:
-        if slot.layout.gather_group is not None and updated(slot):
+        if slot.layout.gather_group is not None and concerned(slot):
             gathered.setdefault((slot.layout.gather_group, slot.device), []).append(slot)
     for (group, _), slots in gathered.items():
         gather_pieces([slot.layout.pieces(slot.parameter) for slot in slots], group)

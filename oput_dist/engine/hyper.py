@@ -163,7 +163,10 @@ def signature_checks(kind: type) -> Mapping[str, Check]:
     """The checks that the signature of a class's ``__init__`` says, and those of its bases, which come first."""
     checks: dict[str, Check] = {}
     for base in reversed(kind.__mro__):
-        annotations = get_type_hints(base.__init__, include_extras=True) if "__init__" in vars(base) else {}  # type: ignore[misc]
+        try:
+            annotations = get_type_hints(base.__init__, include_extras=True) if "__init__" in vars(base) else {}  # type: ignore[misc]
+        except NameError:  # a class of a user's, with names that only type checkers import
+            annotations = {}
         found = {name: check_of(annotation) for name, annotation in annotations.items()}
         checks.update({name: check for name, check in found.items() if check is not None})
     return checks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oput_dist.layout import Flat, LayoutError, clean_name, flattened_in, replaced_by_fsdp2
+from oput_dist.layout import Flat, LayoutError, clean_name, flattened_in, replaced_by_fsdp2, reshard_fsdp1
 
 from .slot import Slot
 
@@ -38,6 +38,11 @@ class Model:
             for leaf, parameter in child.named_parameters(recurse=False):
                 self._homes.setdefault(id(parameter), (child, leaf))
                 self._names[id(parameter)] = clean_name(f"{prefix}.{leaf}" if prefix else leaf)
+
+    def reshard(self) -> None:
+        """Have FSDP1 gather its parameters anew at the next forward pass."""
+        if self._module is not None:
+            reshard_fsdp1(self._module)
 
     def name_of(self, parameter: torch.Tensor) -> str | None:
         """The qualified name of a parameter of the module; None for others."""

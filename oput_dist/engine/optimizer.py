@@ -14,7 +14,7 @@ from torch import nn
 
 from oput_dist.backends import BACKENDS, check_backend
 from oput_dist.kernels.stage import Update
-from oput_dist.layout import clean_name, is_flattened
+from oput_dist.layout import clean_name, is_flattened, reshard_fsdp2
 
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive, signature_checks
 from .load import load_state_dict
@@ -110,6 +110,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
+    why_not_cautious: ClassVar[str | None] = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -164,6 +165,8 @@ class Optimizer(torch.optim.Optimizer):
         check_group(owner, group, _GROUP_COMMON)
         check_group(owner, group, self.ranges())
         self.check(group)
+        if self.why_not_cautious is not None and group.get("cautious"):
+            raise ValueError(f"{owner}: cautious=True is not possible here: {self.why_not_cautious}")
         if group["decouple_lr"] and group["max_lr"] is None and float(group["lr"]) == 0:
             raise ValueError(f"{owner}: decouple_lr=True with lr=0: give max_lr, the largest rate of the schedule")
 
@@ -202,7 +205,11 @@ class Optimizer(torch.optim.Optimizer):
             param_group["params"] = list(param_group["params"])
         self.validate({**self.defaults, **param_group})
         for name in param_group:
-            if name not in self.defaults and (near := nearest(name, self.defaults, cutoff=0.85)):
+            if name in Common.__annotations__ and name not in (*self.defaults, *_LATER):
+                raise ValueError(
+                    f"{owner}: {name} holds for the whole optimizer, not for a group: give it to the class"
+                )
+            if name not in self.defaults and (near := nearest(name, [*self.defaults, *_LATER], cutoff=0.85)):
                 warnings.warn(f"{owner}: parameter group has an unknown option {name!r}.{near}", stacklevel=4)
         entries = param_group["params"]
         seen: set[int] = set()
@@ -276,6 +283,9 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def rewrite(self, stage: Update, names: tuple[str, ...], scalars: Mapping[int, Any]) -> None:
         """Rewrite the parameters of some groups from their state, see :func:`oput_dist.engine.rewrite.rewrite`."""
+        reshard_fsdp2(p for group in self.param_groups for p in group["params"])
+        if self._model is not None:
+            self._model.reshard()
         rewrite(self._current_plan(), self.state, self._options.backends, stage, names, scalars)
 
     def _spread(self) -> Spread:

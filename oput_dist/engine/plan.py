@@ -18,7 +18,7 @@ from .model import Model
 from .partial import PartialSums
 from .slot import Slot
 
-__all__ = ["Plan", "parameter_name"]
+__all__ = ["Plan", "check_sums", "parameter_name"]
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Plan:
                 for k, layout in enumerate(layouts):
                     name = called if layout.name is None else f"parameter {layout.name!r}"
                     if sums(group, layout.shape):
-                        _check_sums(name, layout)
+                        check_sums(name, layout)
                     counter = len(owners) - (k > 0)
                     slots.append(Slot(parameter, name, layout, number, len(slots), counter, len(layouts) > 1))
                     if k == 0:
@@ -143,7 +143,7 @@ def _layouts(
         raise LayoutError(f"{name}: {error}") from None
 
 
-def _check_sums(name: str, layout: Layout) -> None:
+def check_sums(name: str, layout: Layout) -> None:
     """Raise LayoutError for a parameter that cannot be summed over."""
     if layout.why_no_sums is not None:
         raise LayoutError(f"{name}: this optimizer needs norms over whole parameters. {layout.why_no_sums}")

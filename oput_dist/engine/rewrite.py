@@ -10,7 +10,7 @@ import torch
 from oput_dist.backends import Batch, Scalars, choose
 from oput_dist.kernels.stage import Prologue, Update
 
-from .finish import finish, updated
+from .finish import finish
 from .plan import Plan
 from .slot import Slot
 
@@ -25,7 +25,9 @@ def rewrite(
     names: tuple[str, ...],
     scalars: Mapping[int, Any],
 ) -> None:
-    """Run ``stage`` on every parameter that has the state ``names``; its rule sees the parameter as gradient too.
+    """Run ``stage`` on every parameter that has stepped; its rule sees the parameter as gradient too.
+
+    Partitioned parameters are gathered, frozen ones too: all ranks must call it.
 
     Args:
         plan: the plan.
@@ -38,7 +40,8 @@ def rewrite(
     buckets: dict[Any, list[tuple[Slot, tuple[torch.Tensor, ...]]]] = {}
     for slot in plan.slots:
         held = state.get(slot.parameter, {})
-        if slot.group in scalars and slot.numel and updated(slot) and all(held.get(n) is not None for n in names):
+        begun = bool(plan.counters[slot.counter] > 0) and all(held.get(n) is not None for n in names)
+        if slot.group in scalars and slot.numel and begun:
             tensors = slot.flat_state(held, names, None)
             buckets.setdefault((slot.dtype, slot.device, *[t.dtype for t in tensors]), []).append((slot, tensors))
     written: list[tuple[Slot, torch.Tensor]] = []
@@ -52,4 +55,4 @@ def rewrite(
         batch = Batch(p, p, [t for _, t in members], Scalars(kind, rows, which, slots[0].device), Prologue())
         choose(backends, slots[0].device, sum(slot.numel for slot in slots)).run(stage, batch, None)
         written += zip(slots, p, strict=True)
-    finish(plan, written)
+    finish(plan, written, lambda slot: slot.group in scalars)

@@ -17,7 +17,7 @@ from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vect
 from .between import Between
 from .finish import finish, updated
 from .norm import clip_factor, power_table
-from .plan import Plan
+from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
 from .slot import Slot
 from .stacks import stacks_of
@@ -120,6 +120,16 @@ class Step:
                     self._kinds.append(kind)
                 made[key] = self._kinds.index(kind)
             self._kind.append(made[key])
+        self._check_sums()
+
+    def _check_sums(self) -> None:
+        """Raise for a parameter that cannot be summed over, where an option that was changed begins to need that."""
+        key = ("summable", tuple(self._kind), tuple(self._kinds))
+        if key not in self._plan.memo:
+            for slot in self._plan.slots:
+                if self.recipe_of(slot).exchanges:
+                    check_sums(slot.name, slot.layout)
+            self._plan.memo[key] = True
 
     def run(self) -> Outcome:
         """Run it: checks first, so that nothing has changed when one of them raises."""

@@ -111,7 +111,11 @@ class Boundary:
     def reduce(self, table: torch.Tensor) -> None:
         """Add it up over all ranks, one all-reduce for each process group; and one more where there are maxima."""
         packed_sum(table[: self._schedule.size], self._schedule)
-        packed_sum(table[self._schedule.size :], self._largest, maximum=True)
+        largest = table[self._schedule.size :]
+        if len(largest):  # a maximum of NaN and a number is NaN on all ranks, which collectives do not promise
+            largest.copy_(torch.where(largest.isnan(), torch.inf, largest))
+            packed_sum(largest, self._largest, maximum=True)
+            largest.copy_(torch.where(largest.isinf(), torch.nan, largest))
 
     def places(self, slots: Sequence[Slot], device: torch.device) -> torch.Tensor:
         """``[slots, values]``: where the totals of each slot lie: each term, then the count of elements, and for

@@ -17,7 +17,7 @@ from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, in_order
 from .plain import Plain
 
-__all__ = ["Flat", "Fragment", "Original", "clean_name", "flattened_in", "fsdp1_layouts"]
+__all__ = ["Flat", "Fragment", "Original", "clean_name", "flattened_in", "fsdp1_layouts", "reshard_fsdp1"]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -178,3 +178,12 @@ class Fragment(Layout):
         if whole.shape != self.shape:
             raise LayoutError(f"state of shape {tuple(whole.shape)} for a parameter of shape {tuple(self.shape)}")
         self.piece_of_state(state).copy_(self._original.cut(whole))
+
+
+def reshard_fsdp1(module: nn.Module) -> None:
+    """Free the gathered parameters that a forward pass without a backward pass left, so that the next gathers anew."""
+    for unit in FullyShardedDataParallel.fsdp_modules(module):
+        handle = unit._handle
+        if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+            handle.reshard(True)
+            handle.post_reshard()  # type: ignore[no-untyped-call]

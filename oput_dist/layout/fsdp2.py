@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch.distributed import _composable_state
 
-__all__ = ["managed_by_fsdp2", "replaced_by_fsdp2"]
+__all__ = ["managed_by_fsdp2", "replaced_by_fsdp2", "reshard_fsdp2"]
 
 
 def replaced_by_fsdp2(parameter: torch.Tensor) -> bool:
@@ -21,7 +24,19 @@ def managed_by_fsdp2() -> set[int]:
 
     Where torch keeps no such list, nothing: gradients are then exchanged needlessly, and are right.
     """
+    return {id(parameter.sharded_param) for group in _parameter_groups() for parameter in group.fsdp_params}
+
+
+def reshard_fsdp2(parameters: Iterable[torch.Tensor]) -> None:
+    """Free the gathered parameters that a forward pass without a backward pass left, so that the next gathers anew."""
+    wanted = {id(parameter) for parameter in parameters}
+    for group in _parameter_groups():
+        if any(id(parameter.sharded_param) in wanted for parameter in group.fsdp_params):
+            group.reshard()
+
+
+def _parameter_groups() -> list[Any]:
+    """What FSDP2 gathers together, in all modules of the process."""
     states = [reference() for reference in getattr(_composable_state, "_module_state_mapping", {}).values()]
     groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
-    groups += [group for state in states if (group := getattr(state, "__dict__", {}).get("_fsdp_param_group"))]
-    return {id(parameter.sharded_param) for group in groups for parameter in group.fsdp_params}
+    return groups + [group for state in states if (group := getattr(state, "__dict__", {}).get("_fsdp_param_group"))]

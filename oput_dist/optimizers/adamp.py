@@ -59,6 +59,8 @@ def projection(length: int) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
         row_cosine, row_along = _cosine_and_part(by_row, h.eps)
         all_cosine, all_along = _cosine_and_part(whole, h.eps)
         rows = by_row[0].shape[1]
+        if rows * length == 0:
+            return vectors, (row_along, torch.ones_like(all_along))
         by_rows = row_cosine.amax(1, keepdim=True) < h.delta / math.sqrt(length)
         by_whole = all_cosine < h.delta / math.sqrt(rows * length)
         along = torch.where(by_rows, row_along, torch.where(by_whole, all_along, 0.0))

@@ -88,6 +88,17 @@ class MADGRAD(Optimizer):
     ) -> None:
         super().__init__(params, hyperparameters(locals()), common)
 
+    def complete(self, group: dict[str, Any]) -> None:
+        super().complete(group)
+        group.setdefault("keeps_x0", group["momentum"] != 0)
+
+    def check(self, group: Group) -> None:
+        if group["momentum"] != 0 and not group.get("keeps_x0", True):
+            raise ValueError(
+                f"MADGRAD: momentum={group['momentum']!r} in a group that was made with momentum=0, which keeps no "
+                "starting point: make the optimizer with momentum > 0"
+            )
+
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         decay = Decay.NONE if group["decouple_decay"] or group["decouple_lr"] else Decay.L2
         if group["momentum"] == 0:

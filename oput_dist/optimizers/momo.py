@@ -31,6 +31,7 @@ def momo_average(p, g, state, h):
 def momo_step(totals: Any, kept: Any, h: Any, loss: Any) -> tuple[Any, Any]:
     """The step size from the model of the loss: ``min(lr / rho, max(gap, 0) / d_d)``."""
     p_d, d_d, g_p, _numel = totals.unbind()
+    loss = loss * h.direction
     count = kept["updates"] + 1
     plain_first = (count == 1) & (h.bias_correction == 0)
     weight = torch.where(plain_first, torch.ones_like(count), torch.full_like(count, 1 - h.beta))
@@ -183,6 +184,8 @@ class Momo(_NeedsLoss):
             lower_bound=group["lb"],
             bias_correction=float(group["bias_correction"]),
             use_fstar=float(group["use_fstar"]),
+            # Of the loss: -1 to ascend, as gradients are negated then.
+            direction=-1.0 if group["maximize"] else 1.0,
         )
 
 
@@ -265,4 +268,6 @@ class MomoAdam(_NeedsLoss):
             lower_bound=group["lb"],
             bias_correction=1.0,
             use_fstar=float(group["use_fstar"]),
+            # Of the loss: -1 to ascend, as gradients are negated then.
+            direction=-1.0 if group["maximize"] else 1.0,
         )

@@ -23,7 +23,7 @@ from oput_dist.kernels.math import adam_moments, lerp, lookahead
 from oput_dist.kernels.stage import Decay, Update
 
 from .advice import warn_once
-from .scalars import lookahead_scalars
+from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars
 
 __all__ = ["QHM", "QHAdam", "RangerQH"]
 
@@ -225,6 +225,8 @@ class RangerQH(QHAdam):
     Paper: Ma & Yarats, https://arxiv.org/abs/1810.06801; lookahead: Zhang et al., https://arxiv.org/abs/1907.08610;
     Wright, https://github.com/lessw2020/Ranger-Deep-Learning-Optimizer.
     """
+
+    why_not_cautious = WHY_NOT_CAUTIOUS
 
     def __init__(
         self,

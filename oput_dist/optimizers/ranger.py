@@ -15,7 +15,7 @@ from oput_dist.kernels.stage import Decay
 
 from .advice import warn_once
 from .centralize import centralized
-from .scalars import lookahead_scalars, rectification
+from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars, rectification
 
 __all__ = ["Ranger", "RangerAdaBelief"]
 
@@ -124,6 +124,8 @@ class Ranger(Respelled):
     rules: ClassVar[tuple[Rule, Rule]] = (ranger, ranger_centred)
     l2_first: ClassVar[bool] = False
     """Whether L2 decay is centralised too."""
+
+    why_not_cautious = WHY_NOT_CAUTIOUS
 
     def __init__(
         self,

@@ -22,11 +22,11 @@ from oput_dist.engine.hyper import (
     positive_integer,
 )
 from oput_dist.kernels.language import rule, tl
-from oput_dist.kernels.math import lerp, lookahead, softplus
+from oput_dist.kernels.math import at_most, lerp, lookahead, softplus
 from oput_dist.kernels.stage import WHOLE, Joint, Measure, Update, Vectors
 
 from .centralize import is_centralized
-from .scalars import lookahead_scalars
+from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars
 
 __all__ = ["Ranger21"]
 
@@ -38,7 +38,9 @@ def ranger21_sums(p, g, state, h):
 
 @functools.cache  # so that equal recipes stay equal
 def normalization(length: int, numel: int, centred: bool) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """How the gradient is clipped, centred and normalised: ``g * scale - shift``, then once more ``* again``.
+    """How the gradient is clipped, centred and normalised: ``(g * ratio - mean) * scale``, then once more ``* again``.
+
+    What is constant along its rows is nothing once centred: it is not blown up to the size of its rounding errors.
 
     Args:
         length: elements of a row (of the whole parameter if it has one axis).
@@ -51,16 +53,21 @@ def normalization(length: int, numel: int, centred: bool) -> Callable[[Any, Any,
         most = torch.maximum(weights.sqrt(), h.clip_eps) * h.clip
         norm = squares.sqrt()
         ratio = torch.where((norm > most) & (h.clip > 0), most / norm.clamp(min=1e-6), torch.ones_like(norm))
+        if centred and length == 1:
+            ratio = torch.zeros_like(ratio)
         mean = ratio * total / length if centred else torch.zeros_like(total)
         left = (ratio**2 * squares - length * mean**2).reshape(len(total), -1).sum(1).view(-1, *[1] * (total.ndim - 1))
         rest = 0.0 if centred else (ratio * total).reshape(len(total), -1).sum(1).view_as(left) / numel
-        deviation = ((left - numel * rest**2).clamp(min=0.0) / max(numel - 1, 1)).sqrt()
+        size = (ratio**2 * squares).reshape(len(total), -1).sum(1).view_as(left)
+        variance = left - numel * rest**2
+        constant = variance <= 1e-12 * size
+        deviation = (torch.where(constant, 0.0, variance) / max(numel - 1, 1)).sqrt()
         if numel > 2:
-            scale = 1 / (deviation + 1e-8)
+            scale = torch.where(constant, 0.0, 1 / (deviation + 1e-8))
             again = 1 / (deviation * scale + 1e-8)
         else:
             scale = again = torch.ones_like(deviation)
-        return vectors, (ratio * scale, mean * scale, again, weights)
+        return vectors, (ratio, mean, scale, again, weights)
 
     return factors
 
@@ -68,23 +75,23 @@ def normalization(length: int, numel: int, centred: bool) -> Callable[[Any, Any,
 @rule
 def ranger21_variance(p, g, state, h, c):
     m, previous, v, slow = state
-    g = g * c[0] - c[1]
+    g = (g * c[0] - c[1]) * c[2]
     v = lerp(v, g * g, h.weight2)
     return (m, previous, v, slow), (v * h.correct2,)
 
 
 def stable_decay(totals: Any, kept: Any, h: Any) -> tuple[Any, Any]:
-    """One over the root of the mean variance of all parameters."""
+    """One over the root of the mean variance of all parameters; 0, for no decay, where there is none."""
     total, numel = totals.unbind()
-    return {}, ((numel / total.clamp(min=torch.finfo(torch.float64).tiny)).sqrt(),)
+    return {}, (torch.where(total > 0, (numel / torch.where(total > 0, total, 1.0)).sqrt(), 0.0),)
 
 
 @rule
 def ranger21_apply(p, g, state, h, c):
     odd, even, v, slow = state
-    scale, shift, again, weights, stability = c
-    g = (g * scale - shift) * again
-    keep = 1.0 - h.decay * stability
+    ratio, mean, scale, again, weights, stability = c
+    g = (g * ratio - mean) * scale * again
+    keep = 1.0 - at_most(h.decay * stability, 1.0)
     norm = tl.sqrt(weights) * keep
     fast = p * keep * (1.0 - h.lr * 2.0 * h.norm_loss * (1.0 - 1.0 / (norm + h.eps)))
     current = lerp(tl.where(h.odd > 0, odd, even), g, h.weight1)
@@ -200,6 +207,10 @@ class Ranger21(Optimizer):
                 f"lr={group['lr']}, num_epochs=10, num_batches_per_epoch=len(loader)), or num_iterations=; or "
                 "use_warmup=False, warmdown_active=False for a schedule of yours"
             )
+        if group["warmdown_active"] and group["base_lr"] is None and float(group["lr"]) == 0:
+            raise ValueError("Ranger21: lr=0 with its own schedule: give the rate that the schedule is to begin with")
+
+    why_not_cautious = WHY_NOT_CAUTIOUS
 
     def complete(self, group: dict[str, Any]) -> None:
         super().complete(group)
@@ -209,7 +220,7 @@ class Ranger21(Optimizer):
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         rows = (0,) if len(shape) > 1 else WHOLE
         numel, length = math.prod(shape), math.prod(shape[1:] if len(shape) > 1 else shape)
-        given = Vectors(normalization(length, numel, is_centralized(group, shape)), (rows, rows, WHOLE, rows))
+        given = Vectors(normalization(length, numel, is_centralized(group, shape)), (rows, rows, WHOLE, WHOLE, rows))
         stages = (
             Measure(ranger21_sums, (rows,) * 3, writes_state=False),
             Measure(ranger21_variance, (WHOLE,), given=given),

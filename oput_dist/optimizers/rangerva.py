@@ -14,7 +14,7 @@ from oput_dist.kernels.math import at_least, lerp, lookahead, softplus
 from oput_dist.kernels.stage import Update
 
 from .ranger import RangerCommon, Respelled
-from .scalars import lookahead_scalars
+from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars
 
 __all__ = ["RangerVA"]
 
@@ -91,6 +91,8 @@ class RangerVA(Respelled):
     Paper: Tong et al., https://arxiv.org/abs/1908.00700; Wright,
     https://github.com/lessw2020/Ranger-Deep-Learning-Optimizer.
     """
+
+    why_not_cautious = WHY_NOT_CAUTIOUS
 
     def __init__(
         self,

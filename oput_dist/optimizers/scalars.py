@@ -9,6 +9,9 @@ from oput_dist.engine import Group
 
 __all__: list[str] = []
 
+WHY_NOT_CAUTIOUS = "its lookahead moves parameters back to slow weights, which is no update that could agree"
+"""Of optimizers with lookahead; see :attr:`oput_dist.engine.Optimizer.why_not_cautious`."""
+
 
 def adam_scalars(group: Group, step: int) -> dict[str, Any]:
     """What Adam's rule takes.

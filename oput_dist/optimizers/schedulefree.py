@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
 from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, NonnegativeInteger, hyperparameters
+from oput_dist.engine.recipe import as_scalar
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Update
@@ -65,11 +66,15 @@ class ScheduleFree(Optimizer):
             )
 
     def eval(self) -> None:
-        """Make parameters the average, for evaluation and for saving the model. Called twice, it does nothing."""
+        """Make parameters the average, for evaluation and for saving the model. Called twice, it does nothing.
+
+        All ranks must call it. What FSDP gathered before is freed, so that the next forward pass gathers the new
+        values; for FSDP1 the optimizer must have been given the module.
+        """
         self._switch(False, lambda beta1: 1 - 1 / beta1)
 
     def train(self) -> None:
-        """Make parameters the point where gradients are taken, for training. Called twice, it does nothing."""
+        """Make parameters the point where gradients are taken, for training; see :meth:`eval`."""
         self._switch(True, lambda beta1: 1 - beta1)
 
     def _switch(self, mode: bool, weight: Callable[[float], float]) -> None:
@@ -81,7 +86,8 @@ class ScheduleFree(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, see :meth:`Optimizer.step`; in train mode only."""
-        if not all(group["train_mode"] for group in self.param_groups):
+        rehearsal = not self._begun and all(as_scalar(group["lr"]) == 0 for group in self.param_groups)
+        if not rehearsal and not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__} is in eval mode: call optimizer.train() before training goes on, as after "
                 "evaluation: optimizer.eval(); evaluate(model); optimizer.train()"
@@ -97,7 +103,7 @@ class ScheduleFree(Optimizer):
         return lr, lr_max, (k + 1) ** group["r"] * lr_max ** group["weight_lr_power"]
 
     def advance(self, group: dict[str, Any]) -> None:
-        _, lr_max, weight = self._weights(group)
+        _, lr_max, weight = self._weights({**group, "lr": as_scalar(group["lr"])})
         group.update(k=group["k"] + 1, lr_max=lr_max, weight_sum=group["weight_sum"] + weight)
 
     def scalars(self, group: Group, step: int) -> Any:

@@ -36,12 +36,14 @@ def swats_moments_amsgrad(p, g, state, h):
 
 def swats_phase(sums: Any, vectors: Any, h: Any) -> tuple[Any, Any]:
     """The estimate of SGD's learning rate, and this rate once the estimate stands still; 0 while Adam goes on."""
-    u_u, u_g, _count, step = sums
+    u_u, u_g, _count, step = sums  # the step that all ranks know, not that inside h
     average, sgd_lr = vectors
-    usable = (u_g != 0) & (h.lr > 0) & (sgd_lr == 0)
-    estimate = h.lr * u_u / torch.where(usable, u_g, 1.0)
+    beta1, correction2 = 1 - h.weight1, 1 - (1 - h.weight2) ** step.clamp(min=1.0)
+    lr = h.rate * correction2.sqrt() / (1 - beta1 ** step.clamp(min=1.0))
+    usable = (u_g != 0) & (lr > 0) & (sgd_lr == 0)
+    estimate = lr * u_u / torch.where(usable, u_g, 1.0)
     average = torch.where(usable, torch.lerp(average, estimate, h.weight2), average)
-    settled = average * h.correct
+    settled = average / correction2
     close = (settled - estimate).abs() <= 1e-8 + h.tolerance * estimate.abs()
     switching = usable & (step > 1) & (settled > 0) & close
     return (average, torch.where(switching, settled, sgd_lr)), (sgd_lr, switching)
@@ -147,7 +149,6 @@ class SWATS(Optimizer):
             eps=group["eps"],
             # Weight of the gradient in the SGD step: 0, or ``weight1`` with Nesterov momentum.
             ahead=1 - beta1 if group["nesterov"] else 0.0,
-            # One over the second moment's bias correction.
-            correct=1 / correction2,
+            rate=group["lr"],
             tolerance=group["tolerance"],
         )

@@ -22,9 +22,6 @@ CASES = [
     Case("schedule-free adamw", "oput_dist.AdamWScheduleFree", {**FREE, "r": 1.0}, SECOND, partly=False),
     Case("ranger21", "oput_dist.Ranger21", {"lr": 0.3, **RUN}, FAST, exact=False, partly=False),
     Case(
-        "ranger21 cautious", "oput_dist.Ranger21", {"lr": 0.3, "cautious": True, **RUN}, FAST, exact=False, partly=False
-    ),
-    Case(
         "ranger21 plain",
         "oput_dist.Ranger21",
         {"lr": 0.3, "use_gc": False, "beta_softplus": 0.0, "use_warmup": False, "warmdown_active": False},
