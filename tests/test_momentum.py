@@ -178,3 +178,13 @@ def test_rangerva_steps_alike_far_beyond_what_exp_can_take() -> None:
         for more in ({}, {"transformer": None, "eps": 1e-30})
     ]
     assert difference(found, wanted) <= 1e-5
+
+
+def test_madgrad_made_without_momentum_cannot_begin_with_it() -> None:
+    p = nn.Parameter(torch.full((3,), 5.0))
+    optimizer = oput.MADGRAD([p], lr=1e-3, momentum=0.0)
+    p.grad = torch.full((3,), 0.01)
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"momentum=0.9 in a group that was made with momentum=0"):
+        optimizer.step()

@@ -149,3 +149,17 @@ def test_sums_over_all_parameters_and_the_mean_loss(pool: Pool, n: int) -> None:
         wanted = by_formula(settings)
         for found in pool.run(n, sharded, settings):
             assert difference(found, wanted) <= 10 * EXACT
+
+
+@pytest.mark.parametrize("name", ["Momo", "MomoAdam"])
+def test_ascending_minus_the_loss_is_descending(name: str) -> None:
+    ends = []
+    for sign in (1.0, -1.0):
+        params = [nn.Parameter(p) for p in start()]
+        optimizer = getattr(oput, name)(params, lr=0.5, maximize=sign < 0)
+        for step in range(6):
+            for i, p in enumerate(params):
+                p.grad = sign * pull(p.detach(), i, step)
+            optimizer.step(loss=sign * loss_of([p.detach() for p in params]))
+        ends.append([p.detach() for p in params])
+    assert difference(*ends) == 0.0

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import oput_dist as oput
 from tests.cases.norms import A2GRAD, SWITCH
 from tests.parity import STEPS, pull, start
+from tests.pool import Pool
 from tests.toy import make, parameters, same, trajectory, walk
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -165,3 +169,25 @@ def test_amos_scale_is_that_of_the_shape_or_of_the_group() -> None:
     assert first_step((8, 2)) == pytest.approx(0.01)
     assert first_step((5, 2, 3, 3)) == pytest.approx(0.01 / 3)
     assert first_step((4, 8), eta=2.0) == first_step((3,), eta=2.0) == pytest.approx(0.02)
+
+
+def swats_with_an_idle_rank() -> list[list[float]]:
+    """Each step's estimate and learning rate of SGD, 0 while Adam goes on; rank 1 has no gradient at some steps."""
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None))
+    optimizer = oput.SWATS([p], lr=0.01, betas=(0.8, 0.9), tolerance=0.3)
+    found = []
+    for step in range(8):
+        g = torch.randn(4, 3, generator=torch.Generator().manual_seed(step)) + 1
+        idle = dist.get_rank() == 1 and step in (1, 2, 3)
+        p.grad = None if idle else distribute_tensor(g, mesh, [Shard(0)], src_data_rank=None)
+        optimizer.step()
+        state = optimizer.state[p]
+        found.append([getattr(v, "to_local", lambda v=v: v)().item() for v in (state["exp_avg2"], state["sgd_lr"])])
+    return found
+
+
+def test_all_ranks_switch_together(pool: Pool) -> None:
+    first, second = pool.run(2, swats_with_an_idle_rank)
+    assert first == second
+    assert any(values[-1] > 0 for values in first)
