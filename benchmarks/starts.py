@@ -69,13 +69,14 @@ def main() -> None:
     names = list(arguments.only or OPTIMIZERS)
     known = json.loads(OUT.read_text())["rows"] if arguments.only and OUT.exists() else []
     rows = {row["optimizer"]: row for row in known}
+    about = {"steps": arguments.steps, "batch": 8, "torch": torch.__version__, "machine": platform.machine()}
     with ThreadPoolExecutor(arguments.processes) as pool:
         results = pool.map(lambda name: run(name, arguments.steps), names)
         for row in track(results, total=len(names), description="optimizers"):
             rows[row["optimizer"]] = row
             print(f"{row['optimizer']:20} {row['first']:.3f} -> {row['last']:.3f}, held-out {row['held_out']:.3f}")
-    about = {"steps": arguments.steps, "batch": 8, "torch": torch.__version__, "machine": platform.machine()}
-    OUT.write_text(json.dumps({"about": about, "rows": [rows[key] for key in sorted(rows, key=str.lower)]}, indent=1))
+            kept = {"about": about, "rows": [rows[key] for key in sorted(rows, key=str.lower)]}
+            OUT.write_text(json.dumps(kept, indent=1))  # after each, since a run takes many minutes
 
 
 if __name__ == "__main__":
