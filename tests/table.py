@@ -7,13 +7,13 @@ It trains as ``tests/test_conformance.py`` does and asserts nothing; the tests d
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import track
+from torch.distributed.tensor.debug import CommDebugMode
 
 import oput_dist as oput
 from tests.conformance import LAST, Case, Key, Snapshot, gradients, held, reference, snapshot, start_values
@@ -64,7 +64,7 @@ def on_rank(layout: str, cases: list[Case]) -> list[Measured]:
 
 
 def measure(name: str, case: Case, pieces: dict[str, np.ndarray]) -> Measured:
-    """Trains; the last step is profiled, and what c10d ran in it is counted."""
+    """Trains; the collectives of the last step are counted."""
     layout = LAYOUTS[name]()
     params = layout.start(start_values(torch.float32))
     try:
@@ -75,10 +75,9 @@ def measure(name: str, case: Case, pieces: dict[str, np.ndarray]) -> Measured:
     except ValueError as error:
         return Measured({}, pieces, 0, 0, str(error))
     layout.give(params, gradients(LAST, torch.float32))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with CommDebugMode() as counter:
         case.advance(optimizer, LAST)
-    counted = Counter({event.key: event.count for event in profile.key_averages()})
-    collectives = sum(count for key, count in counted.items() if key.startswith("c10d::"))
+    collectives = counter.get_total_counts()
     return Measured(snapshot(case, layout, params, optimizer), pieces, oput.state_bytes(optimizer), collectives)
 
 
