@@ -88,7 +88,7 @@ def error_of(case: Case, layout: str, wanted: Snapshot, got: Measured) -> float:
         whole = tensors["param"]
         expected = whole if LAYOUTS[layout].whole_parameters else whole.reshape(-1)[got.pieces[name]]
         if got.pieces[name].size:
-            scale = np.abs(whole - start[name].numpy()).max()
+            scale = max(np.abs(whole - start[name].numpy()).max(), 1e-30)  # of what did not move, too
             worst = max(worst, np.abs(got.held[name]["param"] - expected).max() / scale)
     return float(worst)
 
