@@ -113,7 +113,7 @@ def _box_tile(
     if WRITES_P:
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
-        for i in tl.static_range(len(S)):
+        for i in tl.static_range(len(state)):
             tl.store(pointer(row, 5 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
 
 

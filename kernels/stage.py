@@ -126,7 +126,10 @@ Given: TypeAlias = Factors | Vectors | Joint | Stored | Agreed
 
 @dataclass(frozen=True)
 class Update:
-    """``rule(p, g, state, h) -> (p, state)``: reads and writes everything in one pass; with ``c`` if given any."""
+    """``rule(p, g, state, h) -> (p, state)``: reads and writes everything in one pass; with ``c`` if given any.
+
+    State that a rule only reads comes last, and is left out of what it returns: then it is not stored.
+    """
 
     rule: Rule
     given: Given | None = None

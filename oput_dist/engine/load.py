@@ -16,13 +16,13 @@ from oput_dist.layout import Fragment
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
-from .match import matched
+from .match import matched, owner_of
 from .plan import Plan
 from .recipe import Group, vector_shape
 from .saved import FORMAT, FORMAT_KEY, WHOLE_KEY
 from .slot import Slot
 
-__all__ = ["load_state_dict"]
+__all__ = ["adopt", "checked", "load_state_dict"]
 
 _REMEDY = "load a state dict of this model, laid out alike or whole (oput.full_state_dict)"
 _IDENTITY = ("params", "param_names", "optimizer", FORMAT_KEY)  # keys of a saved group that are not hyperparameters
@@ -60,17 +60,17 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
     torch's own method casts every state tensor to its parameter's dtype, so fp32 moments of bf16 parameters would not
     survive; and it knows nothing of pieces.
     """
-    owner, ranks = type(optimizer).__name__, joint_groups(plan.slots)
-    groups, entries = agreed(lambda: _checked(optimizer, state_dict, plan), ranks, owner)
+    owner, ranks = owner_of(optimizer), joint_groups(plan.slots)
+    groups, entries = agreed(lambda: checked(optimizer, state_dict, plan), ranks, owner)
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
     for entry in entries:
-        _adopt(entry, state[entry.slot.parameter])
+        adopt(entry, state[entry.slot.parameter])
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
 
 
-def _checked(
+def checked(
     optimizer: Any, state_dict: dict[str, Any], plan: Plan
 ) -> tuple[tuple[list[dict[str, Any]], list[_Entry]], str]:
     """The new parameter groups and what to adopt, all checked; and what must be redistributed, in words.
@@ -81,7 +81,7 @@ def _checked(
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         changed = hook(optimizer, state_dict)
         state_dict = state_dict if changed is None else changed
-    owner = type(optimizer).__name__
+    owner = owner_of(optimizer)
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"{owner}: the state dict has no {key!r}: give what state_dict() of an optimizer returned")
@@ -149,7 +149,7 @@ def _merged(group: dict[str, Any], saved: Group) -> dict[str, Any]:
 
 def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, source: _Source) -> _Entry:
     """The state of one slot, checked; ``group`` has the hyperparameters as saved."""
-    owner, recipe = type(optimizer).__name__, optimizer.recipe(group, slot.layout.shape)
+    owner, recipe = owner_of(optimizer), optimizer.recipe(group, slot.layout.shape)
     shapes = {name: vector_shape(slot.layout.shape, axes) for name, axes in recipe.vectors}
     found = {name: value for name, value in found.items() if value is not None}
     wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
@@ -227,7 +227,7 @@ def _check_tensor(owner: str, slot: Slot, name: str, value: Any, shape: tuple[in
 
 def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, whole: bool) -> float | None:
     """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
-    owner = type(optimizer).__name__
+    owner = owner_of(optimizer)
     if "step" not in found:
         if slot.numel == 0 and is_flattened(slot.parameter) and not whole:
             return None  # FSDP1 gives a rank no gradient for what it has nothing of
@@ -268,7 +268,7 @@ def _in_place(slot: Slot, value: DTensor) -> bool:
     return value.device_mesh.mesh.tolist() == ranks and value.placements == (placement,)
 
 
-def _adopt(entry: _Entry, state: dict[str, Any]) -> None:
+def adopt(entry: _Entry, state: dict[str, Any]) -> None:
     layout = entry.slot.layout
     for name, value in entry.tensors.items():
         if isinstance(layout, Fragment) and entry.slot.shared and not entry.joint:

@@ -10,7 +10,12 @@ from oput_dist.layout import clean_name
 from .recipe import Group
 from .slot import Slot
 
-__all__ = ["matched", "qualified_names"]
+__all__ = ["matched", "owner_of", "qualified_names"]
+
+
+def owner_of(optimizer: Any) -> str:
+    """What messages call it."""
+    return str(getattr(optimizer, "owner", type(optimizer).__name__))
 
 
 def matched(optimizer: Any, saved: Sequence[Group], slots: Sequence[Slot]) -> dict[Any, list[Slot]]:
@@ -21,7 +26,7 @@ def matched(optimizer: Any, saved: Sequence[Group], slots: Sequence[Slot]) -> di
     Raises:
         ValueError: if the groups hold other parameters.
     """
-    owner, groups = type(optimizer).__name__, optimizer.param_groups
+    owner, groups = owner_of(optimizer), optimizer.param_groups
     each = [[[slot] for slot in slots if slot.group == number] for number in range(len(groups))]
     flat = [
         [[s for s in slots if s.parameter is p and s.group == n] for p in g["params"]] for n, g in enumerate(groups)

@@ -106,6 +106,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         skipped: steps that were left out because a gradient was not finite.
+        outcome: what became of the last step; None before the first.
         checks: what hyperparameters must satisfy that no type of the signature of ``__init__`` says.
     """
 
@@ -134,6 +135,7 @@ class Optimizer(torch.optim.Optimizer):
         self._data_group = _handle(owner, common, "data_group")
         self._model = _model(owner, params, common)
         self.skipped = 0
+        self.outcome: Outcome | None = None
         self._plan: Plan | None = None
         self._begun = False
         every = {
@@ -255,6 +257,7 @@ class Optimizer(torch.optim.Optimizer):
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # as GradScaler sets them
         if overflow is not None and bool(overflow):
             self.skipped += 1
+            self.outcome = Outcome.SKIPPED
             return loss
         unscale = None if scale is None else 1.0 / scale.double()
         spread = self._spread()
@@ -270,11 +273,11 @@ class Optimizer(torch.optim.Optimizer):
             loss,
             unscale,
         )
-        outcome = step.run()
-        if outcome is Outcome.SKIPPED:
+        self.outcome = step.run()
+        if self.outcome is Outcome.SKIPPED:
             self.skipped += 1
             return loss
-        if outcome is Outcome.DONE:
+        if self.outcome is Outcome.DONE:
             for group in self.param_groups:
                 self.advance(group)
         self._begun = True
@@ -321,7 +324,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        names = ("_options", "_shard_group", "_model_group", "_data_group", "_model", "_begun", "skipped")
+        names = ("_options", "_shard_group", "_model_group", "_data_group", "_model", "_begun", "skipped", "outcome")
         return {**kept, **{name: getattr(self, name) for name in names}, "_plan": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

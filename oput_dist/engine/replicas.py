@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from oput_dist.layout import Box
 
-from .optimizer import Optimizer
 from .slot import Slot
+from .wrapper import Own, check_own
 
 __all__ = ["ReplicaError", "check_replicas"]
 
@@ -43,7 +43,7 @@ class _Held:
 
 
 @torch.no_grad()
-def check_replicas(optimizer: Optimizer, group: dist.ProcessGroup | None = None) -> None:
+def check_replicas(optimizer: Own, group: dist.ProcessGroup | None = None) -> None:
     """Check that replicas of parameters, of optimizer state and of step counters are the same, to the last bit.
 
     Ranks that hold the same elements are replicas, whatever the layout: DDP's copies, the replicas of HSDP, what tensor
@@ -61,8 +61,7 @@ def check_replicas(optimizer: Optimizer, group: dist.ProcessGroup | None = None)
         ReplicaError: on every rank, naming the first difference: the parameter, the tensor, the ranks, and for the
             first two ranks that differ the number of elements and the largest difference.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"check_replicas takes an optimizer of oput_dist, but this is a {type(optimizer).__name__}")
+    check_own("check_replicas", optimizer)
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     held = [tensor for slot in optimizer._current_plan().slots for tensor in _held(optimizer, slot)]
@@ -80,7 +79,7 @@ def check_replicas(optimizer: Optimizer, group: dist.ProcessGroup | None = None)
             raise ReplicaError(f"{held[i].label} {_described(held[i], classes, group)}")
 
 
-def _held(optimizer: Optimizer, slot: Slot) -> list[_Held]:
+def _held(optimizer: Own, slot: Slot) -> list[_Held]:
     """What of a slot has replicas: a list that is the same on all ranks, but for memory and places."""
     layout, state = slot.layout, optimizer.state.get(slot.parameter, {})
     recipe = optimizer.recipe(optimizer.param_groups[slot.group], layout.shape)

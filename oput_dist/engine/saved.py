@@ -62,7 +62,7 @@ def _check_shapes(optimizer: Any) -> None:
 def _asked_by_torch() -> bool:
     """Whether a state dict is made for torch.distributed.checkpoint or FSDP1, which do not tell."""
     frame = sys._getframe(2)
-    for _ in range(6):
+    for _ in range(12):  # wrappers stand between
         if frame.f_back is None:
             return False
         frame = frame.f_back

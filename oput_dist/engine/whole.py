@@ -13,11 +13,11 @@ from oput_dist.layout import LayoutError, flat
 
 from .agree import gathered, joint_groups
 from .match import qualified_names
-from .optimizer import Optimizer
 from .plan import Plan
 from .recipe import Recipe
 from .saved import WHOLE_KEY
 from .slot import Slot
+from .wrapper import Own, check_own
 
 __all__ = ["full_state_dict"]
 
@@ -26,7 +26,7 @@ _Found = dict[str, torch.dtype]
 
 
 @torch.no_grad()
-def full_state_dict(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Any]:
+def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
     """The state dict with whole tensors in global shapes, on the CPU, whatever the layout.
 
     What ``torch.save`` writes of it, ``load_state_dict`` takes under any layout and number of ranks, on every rank, and
@@ -47,8 +47,7 @@ def full_state_dict(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Any
         TypeError: if the optimizer is none of oput_dist's.
         LayoutError: for parameters that FSDP1 flattened, if the optimizer was not given the module.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"full_state_dict takes an optimizer of oput_dist, but this is a {type(optimizer).__name__}")
+    check_own("full_state_dict", optimizer)
     plan = optimizer._current_plan()
     for slot in plan.slots:
         if slot.layout.why_no_sums is not None:
@@ -72,7 +71,7 @@ def full_state_dict(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Any
     return {"state": kept_state, "param_groups": _groups(optimizer, plan), WHOLE_KEY: True}
 
 
-def _everywhere(optimizer: Optimizer, plan: Plan, recipes: Sequence[Recipe]) -> tuple[list[_Found], list[float | None]]:
+def _everywhere(optimizer: Own, plan: Plan, recipes: Sequence[Recipe]) -> tuple[list[_Found], list[float | None]]:
     """What state each slot has on any rank, and its step count: the largest, as a rank without gradient lags behind."""
     found: list[tuple[_Found, float | None]] = []
     for slot, recipe in zip(plan.slots, recipes, strict=True):
@@ -129,7 +128,7 @@ def _vectors(slot: Slot, own: dict[str, Any], recipe: Recipe) -> dict[str, torch
     return {name: slot.layout.memory_of_vector(value) for name, value in held.items() if value is not None}
 
 
-def _groups(optimizer: Optimizer, plan: Plan) -> list[dict[str, Any]]:
+def _groups(optimizer: Own, plan: Plan) -> list[dict[str, Any]]:
     """The parameter groups, which list the slots."""
     names = qualified_names(optimizer, plan.slots)
     groups = []
