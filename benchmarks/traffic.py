@@ -8,6 +8,9 @@ RULE_TRAFFIC = {
     "sgd": (2, 1),  # p, g -> p
     "sgd_momentum": (3, 2),
     "sgd_nesterov": (3, 2),
+    "sophia": (4, 2),  # p, g, m, hessian -> p, m
+    "adahessian": (5, 3),  # p, g, m, v, hessian -> p, m, v
+    "adahessian_power": (5, 3),
     "adam": (4, 3),  # p, g, m, v -> p, m, v
     "adam_amsgrad": (5, 4),
     "lion": (3, 2),

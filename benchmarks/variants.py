@@ -37,6 +37,7 @@ OWN: dict[str, list[dict[str, Any]]] = {
     "adabound": [{"amsbound": True, "weight_decay": 0.1}],
     "adamod": [{"beta3": 0.5}],
     "adopt": [{"decouple": True, "weight_decay": 0.1}],
+    "adahessian": [{"hessian_power": 0.5}],
     "mars": [{"optimize_1d": True}],
     "nadam": [{"decoupled_weight_decay": True, "weight_decay": 0.1}],
     "radam": [{"decoupled_weight_decay": True, "weight_decay": 0.1, "betas": (0.9, 0.8)}],

@@ -7,6 +7,11 @@ Example::
     optimizer = oput.Lamb(model.parameters(), lr=1e-3)
 """
 
+from .curvature import CurvatureError as CurvatureError
+from .curvature import EmpiricalFisher as EmpiricalFisher
+from .curvature import Estimator as Estimator
+from .curvature import GaussNewtonBartlett as GaussNewtonBartlett
+from .curvature import Hutchinson as Hutchinson
 from .engine import Optimizer as Optimizer
 from .engine import clip_grad_norm_ as clip_grad_norm_
 from .engine import state_bytes as state_bytes

@@ -84,8 +84,15 @@ def test_every_hyperparameter_has_a_range(name: str, key: str, default: Any) -> 
                 optimizer.step()
 
 
-NOT_KEPT = {"radam": ["decouple_wd"], "ranger21": ["num_epochs", "num_batches_per_epoch"]}
-"""Arguments from which others follow."""
+NOT_KEPT = {
+    "radam": ["decouple_wd"],
+    "ranger21": ["num_epochs", "num_batches_per_epoch"],
+    "adahessian": ["product", "seed"],
+    "sophia": ["estimator"],
+    "sophiag": ["seed"],
+    "sophiah": ["product", "seed"],
+}
+"""Arguments from which others follow, or an estimator is made."""
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgdw"])  # SGDW's groups are SGD's

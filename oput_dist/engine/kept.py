@@ -14,6 +14,7 @@ from .model import Model
 from .plan import Plan
 from .recipe import Group, Recipe, Shape, row_of
 from .saved import WHOLE_KEY
+from .slot import Slot
 
 __all__ = ["Kept"]
 
@@ -49,6 +50,24 @@ class Kept:
     def scalars(self, group: Group, step: int) -> Any:
         """The same at every step, so that no step count is needed."""
         return row_of(none=0.0)
+
+    def begin(self, plan: Plan, name: str, dtype: torch.dtype | None, anew: Callable[[Slot], bool]) -> None:
+        """Make state a copy of its parameter, where it is missing or to be made ``anew``; frozen parameters need none.
+
+        Args:
+            plan: the plan.
+            name: of the state.
+            dtype: of new state; the parameter's by default.
+            anew: whether the state of a slot is to be made anew.
+        """
+        wanted = {
+            slot.parameter
+            for slot in plan.slots
+            if slot.parameter.requires_grad and (name not in self.state.get(slot.parameter, ()) or anew(slot))
+        }
+        for slot in plan.slots:
+            if slot.parameter in wanted:
+                slot.flat_state(self.state[slot.parameter], (name,), dtype)[0].copy_(slot.flat_parameter())
 
     def load(
         self,

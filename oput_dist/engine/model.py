@@ -29,6 +29,11 @@ class Model:
         self._names: dict[int, str] = {}
         self.refresh()
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The module; None in a copy that was made without it."""
+        return self._module
+
     def refresh(self) -> None:
         """Look at the module again: it may have been wrapped since."""
         if self._module is None:

@@ -12,14 +12,13 @@ import torch.distributed as dist
 
 from oput_dist.layout import Box
 
+from .mixing import ODD, mixed
 from .slot import Slot
 from .wrapper import Own, check_own
 
 __all__ = ["ReplicaError", "check_replicas"]
 
 _CHUNK = 2**20  # elements hashed at once: bounds the temporaries
-_ODD = 0x9E3779B97F4A7C15 - 2**64
-_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of the splitmix64 generator
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Row = tuple[int, int | None]
@@ -132,10 +131,7 @@ def _hash(memory: torch.Tensor) -> torch.Tensor:
     total = torch.full((), bits.numel(), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), _CHUNK):
         words = bits[start : start + _CHUNK].to(torch.int64)
-        x = words + torch.arange(start + 1, start + 1 + len(words), device=bits.device) * _ODD
-        x = (x ^ (x >> 30)) * _MIX[0]
-        x = (x ^ (x >> 27)) * _MIX[1]
-        total += (x ^ (x >> 31)).sum()
+        total += mixed(words + torch.arange(start + 1, start + 1 + len(words), device=bits.device) * ODD).sum()
     return total
 
 

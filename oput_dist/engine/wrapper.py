@@ -25,9 +25,15 @@ __all__ = ["Own", "Wrapper", "check_own", "inner_of", "wrappers_of"]
 
 
 def inner_of(
-    owner: str, params: torch.optim.Optimizer | Params, base: Callable[..., Any] | None, options: Mapping[str, Any]
+    owner: str,
+    params: torch.optim.Optimizer | Params,
+    base: Callable[..., Any] | None,
+    options: Mapping[str, Any],
+    module: nn.Module | None = None,
 ) -> tuple[torch.optim.Optimizer, nn.Module | None]:
     """The optimizer to wrap, given as it is or as a class with its options; and the module, if that was given.
+
+    ``module`` may be given beside parameters, for classes of this library too.
 
     Raises:
         TypeError: showing the right call.
@@ -39,15 +45,18 @@ def inner_of(
                 f"{owner}: an optimizer was given, so {extra} cannot be: {owner}(optimizer), or "
                 f"{owner}(params, torch.optim.SGD, lr=0.1)"
             )
-        return params, None
+        return params, module
     if not callable(base):
         raise TypeError(
             f"{owner} wraps an optimizer: give one, {owner}(optimizer), or parameters and a class with its options, "
             f"{owner}(params, torch.optim.SGD, lr=0.1)"
         )
-    module = params if isinstance(params, nn.Module) else None
     own = isinstance(base, type) and issubclass(base, Optimizer)
-    inner = base(params if module is None or own else module.parameters(), **options)
+    if isinstance(params, nn.Module):
+        module, params = params, params if own else params.parameters()
+    elif own and module is not None:
+        options = {**options, "module": module}
+    inner = base(params, **options)
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"{owner}: {base!r} made a {type(inner).__name__}, but must make a torch.optim.Optimizer")
     return inner, module
@@ -255,7 +264,7 @@ class Wrapper(torch.optim.Optimizer):
         """The state dict of ``inner`` with what the wrapper keeps."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        saved = self.inner.state_dict()
+        saved = self.save_inner()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             for parameter, key in zip(group["params"], packed["params"], strict=True):
                 if self._kept.state.get(parameter):
@@ -283,12 +292,18 @@ class Wrapper(torch.optim.Optimizer):
                 for key, entry in state_dict["state"].items()
             },
         }
-        self._kept.load(
-            state_dict, self.param_groups, self.plan(), self._model, lambda: self.inner.load_state_dict(rest)
-        )
+        self._kept.load(state_dict, self.param_groups, self.plan(), self._model, lambda: self.load_inner(rest))
         self._plan = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def save_inner(self) -> dict[str, Any]:
+        """The state dict of what is inside."""
+        return self.inner.state_dict()
+
+    def load_inner(self, state_dict: dict[str, Any]) -> None:
+        """Load such a state dict."""
+        self.inner.load_state_dict(state_dict)
 
     def _check_origin(self, state_dict: Mapping[str, Any]) -> None:
         owner = type(self).__name__

@@ -13,8 +13,8 @@ from .box import Box, boxes_of_range
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
-from .fsdp1 import Flat, Fragment, clean_name, flattened_in, fsdp1_layouts, reshard_fsdp1
-from .fsdp2 import managed_by_fsdp2, replaced_by_fsdp2, reshard_fsdp2
+from .fsdp1 import Flat, Fragment, clean_name, data_groups_of_fsdp1, flattened_in, fsdp1_layouts, reshard_fsdp1
+from .fsdp2 import data_groups_of_fsdp2, managed_by_fsdp2, replaced_by_fsdp2, reshard_fsdp2
 from .partitioned import Partitioned
 from .plain import Plain
 
@@ -27,6 +27,8 @@ __all__ = [
     "LayoutError",
     "boxes_of_range",
     "clean_name",
+    "data_groups_of_fsdp1",
+    "data_groups_of_fsdp2",
     "dense_strides",
     "flat",
     "flattened_in",

@@ -17,7 +17,16 @@ from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, in_order
 from .plain import Plain
 
-__all__ = ["Flat", "Fragment", "Original", "clean_name", "flattened_in", "fsdp1_layouts", "reshard_fsdp1"]
+__all__ = [
+    "Flat",
+    "Fragment",
+    "Original",
+    "clean_name",
+    "data_groups_of_fsdp1",
+    "flattened_in",
+    "fsdp1_layouts",
+    "reshard_fsdp1",
+]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -178,6 +187,13 @@ class Fragment(Layout):
         if whole.shape != self.shape:
             raise LayoutError(f"state of shape {tuple(whole.shape)} for a parameter of shape {tuple(self.shape)}")
         self.piece_of_state(state).copy_(self._original.cut(whole))
+
+
+def data_groups_of_fsdp1(module: nn.Module) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which FSDP1 averages gradients in a module; none if there is no FSDP1 in it."""
+    for unit in FullyShardedDataParallel.fsdp_modules(module):
+        return tuple(g for g in (getattr(unit, "_inter_node_pg", None), unit.process_group) if g is not None)
+    return ()
 
 
 def reshard_fsdp1(module: nn.Module) -> None:

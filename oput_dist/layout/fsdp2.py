@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import _composable_state
 
-__all__ = ["managed_by_fsdp2", "replaced_by_fsdp2", "reshard_fsdp2"]
+__all__ = ["data_groups_of_fsdp2", "managed_by_fsdp2", "replaced_by_fsdp2", "reshard_fsdp2"]
 
 
 def replaced_by_fsdp2(parameter: torch.Tensor) -> bool:
@@ -33,6 +34,17 @@ def reshard_fsdp2(parameters: Iterable[torch.Tensor]) -> None:
     for group in _parameter_groups():
         if any(id(parameter.sharded_param) in wanted for parameter in group.fsdp_params):
             group.reshard()
+
+
+def data_groups_of_fsdp2(parameters: Iterable[torch.Tensor]) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups over which FSDP2 averages the gradients of some parameters; none if it manages none."""
+    wanted = {id(parameter) for parameter in parameters}
+    for group in _parameter_groups():
+        if any(id(parameter.sharded_param) in wanted for parameter in group.fsdp_params):
+            kinds = ("replicate_process_group", "shard_process_group")
+            found = [getattr(group.mesh_info, kind, None) for kind in kinds]
+            return tuple(one for one in found if one is not None)
+    return ()
 
 
 def _parameter_groups() -> list[Any]:

@@ -8,6 +8,7 @@ from .accsgd import *
 from .adabelief import *
 from .adabound import *
 from .adafactor import *
+from .adahessian import *
 from .adam import *
 from .adammini import *
 from .adamod import *
@@ -44,6 +45,7 @@ from .sgd import *
 from .sgdp import *
 from .signum import *
 from .sm3 import *
+from .sophia import *
 from .stableadamw import *
 from .swats import *
 from .yogi import *
