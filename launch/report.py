@@ -6,11 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import oput_dist as oput
 
 PLAIN_LINES = 20  # of a whole run, where the output is not a terminal
 GPU_ROWS = 10  # written at a time, so that a GPU's queue of work rarely runs dry
@@ -37,13 +40,16 @@ class Clock:
 
 @dataclass
 class Row:
-    """One step, still on the device: `marks` are the moments before it, after backward and after the optimizer."""
+    """One step, still on the device: `marks` are the moments before it, after an estimate of curvature (if any), after
+    backward and after the optimizer."""
 
     step: int
     loss: Tensor
     lr: float
-    marks: tuple[Any, Any, Any]
-    val_loss: Tensor | None
+    marks: tuple[Any, Any, Any, Any]
+    estimated: bool
+    val_loss: Tensor | None = None
+    curvature: oput.SophiaReport | None = None
 
 
 class Report:
@@ -83,18 +89,23 @@ class Report:
         """Write the collected rows, and show the last."""
         for row in self.pending:
             loss = row.loss.item()
-            forward_backward = self.clock.milliseconds(row.marks[0], row.marks[1])
-            optimizer = self.clock.milliseconds(row.marks[1], row.marks[2])
+            estimate, forward_backward, optimizer = (
+                self.clock.milliseconds(start, end) for start, end in pairwise(row.marks)
+            )
             entry = {
                 "step": row.step,
                 "loss": loss,
                 "lr": row.lr,
-                "tokens_per_s": round(self.step_tokens / (forward_backward + optimizer) * 1e3, 1),
+                "tokens_per_s": round(self.step_tokens / (estimate + forward_backward + optimizer) * 1e3, 1),
                 "forward_backward_ms": round(forward_backward, 3),
                 "optimizer_ms": round(optimizer, 3),
             }
+            if row.estimated:
+                entry["estimate_ms"] = round(estimate, 3)
             if row.val_loss is not None:
                 entry["val_loss"] = row.val_loss.item()
+            if row.curvature is not None:
+                entry |= {name: value.item() for name, value in row.curvature._asdict().items()}
             self._write(entry)
             if self.bar is None and (row.step % max(1, self.steps // PLAIN_LINES) == 0 or "val_loss" in entry):
                 print(f"step {row.step}/{self.steps}  {self._line(entry)}", flush=True)
@@ -113,6 +124,15 @@ class Report:
             self.bar(None, "")
         self.file.close()
 
+    @property
+    def estimating(self) -> float | None:
+        """The time that estimates of curvature took, as a share of that of all else; None without any."""
+        rows = [row for row in self.history if "optimizer_ms" in row]
+        if not any("estimate_ms" in row for row in rows):
+            return None
+        spent = sum(row.get("estimate_ms", 0.0) for row in rows)
+        return float(spent / sum(row["forward_backward_ms"] + row["optimizer_ms"] for row in rows))
+
     def plot(self) -> Path | None:
         self.plotted = time.monotonic()
         return draw(self.history, self.out / "loss.png")
@@ -125,6 +145,8 @@ class Report:
 
     def _line(self, entry: dict[str, Any]) -> str:
         held_out = "" if self.val_loss is None else f"held-out {self.val_loss:.3f}  "
+        if "clip_fraction" in entry:
+            held_out += f"clipped {entry['clip_fraction']:.0%}  Hessian norm {entry['hessian_norm']:.2g}  "
         return (
             f"loss {entry['loss']:.3f}  {held_out}lr {entry['lr']:.1e}  {entry['tokens_per_s']:,.0f} tokens/s  "
             f"forward/backward {entry['forward_backward_ms']:.1f} ms  optimizer {entry['optimizer_ms']:.1f} ms  "

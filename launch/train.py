@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ if not __package__:  # started as a script: find the neighbouring modules as the
 import oput_dist as oput
 from launch import checkpoint, data, parallel
 from launch.errors import UsageError
+from launch.estimates import curved, refresh
 from launch.model import GPT
 from launch.options import Options, parse
 from launch.report import Clock, Report, Row
@@ -78,11 +79,15 @@ class Trainer:
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.clock = Clock(device)
 
-    def loss(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Nats per byte, for each sequence."""
+    def logits(self, module: nn.Module, inputs: Tensor) -> Tensor:
         autocast = self.bf16 and not parallel.casts(module)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            logits = module(inputs)
+            logits: Tensor = module(inputs)
+        return logits
+
+    def loss(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Nats per byte, for each sequence."""
+        logits = self.logits(module, inputs)
         # In two dimensions, since in three the CUDA kernel is not deterministic.
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(targets.shape).mean(dim=1)
@@ -94,6 +99,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         marks = [self.clock.now()]
+        inner = curved(self.optimizer)
+        estimated = inner is not None and refresh(inner, self.logits, self.module, next(self.batches(step)))
+        marks.append(self.clock.now())
 
         def gradients() -> Tensor:  # as a closure, since some optimizers need the loss
             loss = self.forward_backward(step)
@@ -102,17 +110,21 @@ class Trainer:
 
         loss = self.optimizer.step(gradients)
         self.optimizer.zero_grad()
-        before, middle, after = *marks, self.clock.now()
-        return Row(step + 1, mean_over_ranks(loss, self.world), lr, (before, middle, after), None)
+        start, before, *_, middle = marks  # some optimizers ask for gradients twice
+        moments = (start, before, middle, self.clock.now())
+        return Row(step + 1, mean_over_ranks(loss, self.world), lr, moments, estimated)
+
+    def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches of a step: inputs and targets."""
+        options, grid, text = self.options, self.grid, self.corpus.train
+        starts = data.sequence_starts(len(text), options.context, options.batch_size, options.seed, step)
+        for some in data.share(starts, grid.reader(self.world.rank), grid.readers, options.accumulate):
+            yield data.sequences(text, some, options.context, self.device)
 
     def forward_backward(self, step: int) -> Tensor:
         """Accumulate the gradients of one global batch; the mean loss of this rank's share."""
-        options, grid, text = self.options, self.grid, self.corpus.train
-        starts = data.sequence_starts(len(text), options.context, options.batch_size, options.seed, step)
-        shares = data.share(starts, grid.reader(self.world.rank), grid.readers, options.accumulate)
-        total = torch.zeros((), device=self.device)
-        for part, some in enumerate(shares):
-            inputs, targets = data.sequences(text, some, options.context, self.device)
+        options, total = self.options, torch.zeros((), device=self.device)
+        for part, (inputs, targets) in enumerate(self.batches(step)):
             with parallel.gradient_exchange(self.module, last=part == options.accumulate - 1):
                 loss = self.loss(self.module, inputs, targets).mean() / options.accumulate
                 loss.backward()
@@ -142,6 +154,11 @@ class Trainer:
             losses = self.loss(self.model, inputs, targets)
             total += (losses * (wanted < count).to(self.device, non_blocking=True)).sum()
         return mean_over_ranks(total, self.world) * (grid.readers / count)
+
+    def curvature(self) -> oput.SophiaReport | None:
+        """How much is clipped, and how large the estimates are; for Sophia."""
+        inner = curved(self.optimizer)
+        return inner.report() if isinstance(inner, oput.Sophia) else None
 
     def settle(self) -> None:
         """Let DDP choose its buckets, as it does in the first backward pass, before the first real step.
@@ -219,7 +236,7 @@ def train(trainer: Trainer, first: int) -> None:
         for step in range(first, options.steps):
             row = trainer.step(step)
             if due(row.step, options.eval_every, options.steps):
-                row = dataclasses.replace(row, val_loss=trainer.held_out_loss())
+                row = dataclasses.replace(row, val_loss=trainer.held_out_loss(), curvature=trainer.curvature())
             folder = options.checkpoint if due(row.step, options.checkpoint_every, options.steps) else None
             if report:
                 report.add(row, flush=folder is not None)
@@ -260,6 +277,8 @@ def finish(report: Report, options: Options) -> None:
     held_out = [row["val_loss"] for row in report.history if "val_loss" in row]
     if held_out:
         print(f"held-out loss: {held_out[0]:.3f} at first, {held_out[-1]:.3f} at the end (nats per byte)")
+    if report.estimating is not None:
+        print(f"estimates:     {report.estimating:.1%} of the time of steps without them")
     print(f"metrics:       {report.metrics}")
     print(f"loss curve:    {report.plot() or 'not drawn, since matplotlib is not installed'}")
     if options.checkpoint is not None:

@@ -18,6 +18,7 @@ from .engine import state_bytes as state_bytes
 from .engine.replicas import ReplicaError as ReplicaError
 from .engine.replicas import check_replicas as check_replicas
 from .engine.whole import full_state_dict as full_state_dict
+from .engine.wrapper import Wrapper as Wrapper
 from .optimizers import *
 
 __version__ = "0.1.0"

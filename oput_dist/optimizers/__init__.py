@@ -20,6 +20,7 @@ from .aggmo import *
 from .amos import *
 from .apollo import *
 from .came import *
+from .curved import Curved
 from .diffgrad import *
 from .lamb import *
 from .laprop import *
@@ -50,4 +51,13 @@ from .stableadamw import *
 from .swats import *
 from .yogi import *
 
-__all__ = [*(cls.__name__ for cls in OPTIMIZERS.values()), "ScheduleFree", "available", "create", "lookup"]
+__all__ = [
+    *(cls.__name__ for cls in OPTIMIZERS.values()),
+    "Curved",
+    "ScheduleFree",
+    "Sophia",
+    "SophiaReport",
+    "available",
+    "create",
+    "lookup",
+]
