@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -154,9 +155,17 @@ MAKERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "SophiaH", "rho": 1.0},
     "adahessian": {"name": "AdaHessian", "product": "difference", "k": 2},
 }
-LAYOUTS = {"ddp": (2, 3), "zero1": (2, 3), "fsdp2": (2, 3, 4), "hsdp": (4,), "tp": (2,), "fsdp2-tp": (4,)}
+LAYOUTS = {
+    "ddp": (2, 3),
+    "ddp-views": (2,),
+    "zero1": (2, 3),
+    "fsdp2": (2, 3, 4),
+    "hsdp": (4,),
+    "tp": (2,),
+    "fsdp2-tp": (4,),
+}
 LAYOUTS |= {"fsdp1": (2, 3), "fsdp1-flat": (2,), "fsdp1-hybrid": (4,)}
-TWICE = ("plain", "ddp", "zero1", "tp")  # where gradients can be differentiated
+TWICE = ("plain", "ddp", "ddp-views", "zero1", "tp")  # where gradients can be differentiated
 STEPS = 3
 
 
@@ -164,9 +173,10 @@ def wrapped(layout: str) -> tuple[nn.Module, nn.Module, dict[str, Any], int]:
     """The module to call, the one with the parameters, options of the optimizer, and this rank's place in the data."""
     module, n, rank = network(), dist.get_world_size(), dist.get_rank()
     cut = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    if layout in ("ddp", "zero1"):
+    if layout in ("ddp", "ddp-views", "zero1"):
         options = {"shard_group": dist.group.WORLD} if layout == "zero1" else {}
-        return DistributedDataParallel(module), module, options, rank
+        outer = DistributedDataParallel(module, gradient_as_bucket_view=layout == "ddp-views")
+        return outer, module, options, rank
     if layout == "fsdp2":
         return fully_shard(module), module, {}, rank
     if layout == "hsdp":
@@ -197,9 +207,13 @@ def trained(
         inputs, labels = batch(step)
         own = slice(place * ROWS // places, (place + 1) * ROWS // places)
         F.cross_entropy(outer(inputs[own]), labels[own]).backward()
-        aside = [p.grad.clone() for p in inner.parameters() if p.grad is not None]
+        if optimizer.due:
+            with torch.no_grad():
+                outer(inputs[own])  # leaves gathered what FSDP gathers
+        own_ones = [p for group in optimizer.param_groups for p in group["params"]]
+        aside = [p.grad.clone() for p in own_ones if p.grad is not None]
         optimizer.refresh(*functions(maker, outer, inputs, labels, place, places))
-        back = [p.grad for p in inner.parameters() if p.grad is not None]
+        back = [p.grad for p in own_ones if p.grad is not None]
         assert all(torch.equal(a, b) for a, b in zip(aside, back, strict=True))
         optimizer.step()
         optimizer.zero_grad()
@@ -331,6 +345,25 @@ def test_what_is_not_finite_leaves_no_trace() -> None:
         hessian = optimizer.state[module[0].weight]["hessian"]
         assert hessian[1, 2] == 0.5
         assert hessian[0, 0] == (0.5, 0.75)[step]
+
+
+@pytest.mark.parametrize("estimator", ["gauss-newton-bartlett", "empirical-fisher", "hutchinson"])
+def test_micro_batches_are_one_batch(estimator: str) -> None:
+    module = network()
+    inputs, labels = batch(0)
+
+    def function(own: slice) -> Callable[[], Tensor]:
+        if estimator == "gauss-newton-bartlett":
+            return lambda: module(inputs[own])
+        reduction = "none" if estimator == "empirical-fisher" else "mean"
+        return lambda: F.cross_entropy(module(inputs[own]), labels[own], reduction=reduction)
+
+    found = []
+    for cuts in ((0, ROWS), (0, 12, ROWS) if estimator == "hutchinson" else (0, 7, 11, ROWS)):
+        optimizer = oput.Sophia(module, estimator=estimator)
+        optimizer.refresh(*(function(slice(a, b)) for a, b in pairwise(cuts)))
+        found.append(torch.cat([optimizer.state[p]["hessian"].flatten() for p in module.parameters()]))
+    assert (found[0] - found[1]).abs().max() < 1e-12 * found[0].abs().max()
 
 
 def test_keep_leaves_rows_out() -> None:
