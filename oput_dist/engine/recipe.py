@@ -6,7 +6,7 @@ import functools
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -26,13 +26,25 @@ from oput_dist.kernels.stage import (
     measures,
 )
 
-__all__ = ["Group", "Recipe", "Shape", "decay_rate", "decay_scalar", "prologue_of", "row_of", "vector_shape"]
+__all__ = ["Group", "Recipe", "Shape", "Whole", "decay_rate", "decay_scalar", "prologue_of", "row_of", "vector_shape"]
 
 Group = Mapping[str, Any]
 """A parameter group, lr and all."""
 
 Shape: TypeAlias = Sequence[int]
 """The global shape of a parameter."""
+
+
+class Whole(Protocol):
+    """Work on whole matrices. Equal, and of one hash, for parameters that may be worked on together."""
+
+    def __call__(self, stacked: torch.Tensor) -> torch.Tensor:
+        """``[n, *shape]`` of some parameters to the same shape, each by itself."""
+
+    def cost(self, shape: Shape) -> float:
+        """Estimated time for one parameter, in floating-point operations."""
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,9 @@ class Recipe:
         vectors: state that is not parameter-shaped: names, and the axes that each keeps (it has size one along the
             others, and no axis at all if it keeps none).
         kept: names of the scalars that a :class:`Joint` keeps in the parameter group.
+        whole: what is done between the first stage and the second with the whole of what the first one made. Both then
+            have one more state, the last: the first stage writes there what is to be worked on, the second finds what
+            came of it. It is not kept.
     """
 
     stages: tuple[Stage, ...]
@@ -53,6 +68,7 @@ class Recipe:
     decay: Decay = Decay.NONE
     vectors: tuple[tuple[str, Axes], ...] = ()
     kept: tuple[str, ...] = ()
+    whole: Whole | None = None
 
     def sums(self, number: int) -> tuple[Axes, ...]:
         """What a stage sums: for each sum the axes that it keeps."""

@@ -16,6 +16,7 @@ from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vect
 
 from .between import Between
 from .finish import finish, updated
+from .matrices import Matrices
 from .norm import clip_factor, power_table
 from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
@@ -147,11 +148,12 @@ class Step:
         scale = self._scale(active)
         if scale is None:
             return Outcome.SKIPPED
-        state = {slot: self._state_of(slot) for slot in present}
+        scratch = self._scratch()
+        state = {slot: (*self._state_of(slot), *scratch.get(slot.index, ())) for slot in present}
         self._steps = dict(zip(present, self._plan.next_counts(present, self.state), strict=True))
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
-        self._run_stages(buckets)
+        self._run_stages(buckets, scratch)
         finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
 
@@ -263,13 +265,29 @@ class Step:
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         return Scalars(type(named[0]), values, which, slots[0].device)
 
-    def _run_stages(self, buckets: Sequence[_Bucket]) -> None:
+    def _scratch(self) -> dict[int, tuple[torch.Tensor]]:
+        """Memory for this rank's piece of what is worked on whole, by number of the slot; zero where no gradient is."""
+        slots = self._matrices.slots
+        return {s.index: (torch.zeros(s.numel, dtype=compute_dtype(s.dtype), device=s.device),) for s in slots}
+
+    @property
+    def _matrices(self) -> Matrices:
+        """The parameters that are worked on whole, with the ranks that do it."""
+        key = ("matrices", tuple(self._kind), tuple(self._kinds))
+        if key not in self._plan.memo:
+            self._plan.memo[key] = Matrices([slot for slot in self._plan.slots if updated(slot)], self.recipe_of)
+        known: Matrices = self._plan.memo[key]
+        return known
+
+    def _run_stages(self, buckets: Sequence[_Bucket], scratch: dict[int, tuple[torch.Tensor]]) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
         between = Between(self)
         between.give_stored(self._families_of_stored())
         for number in range(max((len(recipe.stages) for recipe, _ in self._kinds), default=0)):
             boundaries = self._boundaries(number)
             tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
+            if number == 1:
+                self._matrices.run({index: memory for index, (memory,) in scratch.items()})
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
                     self._run_stage(number, bucket, between, boundaries, tables)

@@ -29,6 +29,7 @@ from .lion import *
 from .madgrad import *
 from .mars import *
 from .momo import *
+from .muon import *
 from .nadam import *
 from .novograd import *
 from .pid import *

@@ -5,8 +5,8 @@
   (``tests/test_parity.py``).
 """
 
-from tests.cases import adam_like, curvature, elementwise, momentum, norms, rows, schedules, whole_model
+from tests.cases import adam_like, curvature, elementwise, matrices, momentum, norms, rows, schedules, whole_model
 
-_TABLES = (elementwise, adam_like, momentum, norms, rows, whole_model, schedules, curvature)
+_TABLES = (elementwise, adam_like, momentum, norms, rows, whole_model, schedules, curvature, matrices)
 CASES = [case for table in _TABLES for case in table.CASES]
 ORACLES = [oracle for table in _TABLES for oracle in table.ORACLES]
