@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -446,3 +448,15 @@ def test_bad_calls() -> None:
         oput.Sophia(module, estimator="hutchinsen")
     with pytest.raises(ValueError, match="step=-1 is not allowed: must be None or a finite number > 0"):
         oput.Hutchinson(step=-1)
+
+
+def test_copies_go_on_estimating() -> None:
+    module = network()
+    optimizer = oput.SophiaG(module)
+    inputs, _ = batch(0)
+    twin_module, twin = copy.deepcopy((module, optimizer))
+    optimizer.refresh(lambda: module(inputs))
+    twin.refresh(lambda: twin_module(inputs))
+    mine, theirs = optimizer.state[module[0].weight], twin.state[twin_module[0].weight]
+    assert torch.equal(mine["hessian"], theirs["hessian"])
+    assert pickle.loads(pickle.dumps(optimizer)).estimator.seed == 0

@@ -88,6 +88,7 @@ NOT_KEPT = {
     "radam": ["decouple_wd"],
     "ranger21": ["num_epochs", "num_batches_per_epoch"],
     "adahessian": ["product", "seed"],
+    "muon": ["matrix_params"],
     "sophia": ["estimator"],
     "sophiag": ["seed"],
     "sophiah": ["product", "seed"],

@@ -107,10 +107,12 @@ class Optimizer(torch.optim.Optimizer):
     Attributes:
         skipped: steps that were left out because a gradient was not finite.
         outcome: what became of the last step; None before the first.
+        carried: attributes of a class of its own that copies and pickles have too.
         checks: what hyperparameters must satisfy that no type of the signature of ``__init__`` says.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
+    carried: ClassVar[tuple[str, ...]] = ()
     why_not_cautious: ClassVar[str | None] = None
 
     @property
@@ -324,7 +326,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        names = ("_options", "_shard_group", "_model_group", "_data_group", "_model", "_begun", "skipped", "outcome")
+        names = (
+            "_options",
+            "_shard_group",
+            "_model_group",
+            "_data_group",
+            "_model",
+            "_begun",
+            "skipped",
+            "outcome",
+            *self.carried,
+        )
         return {**kept, **{name: getattr(self, name) for name in names}, "_plan": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -137,7 +137,15 @@ class Wrapper(torch.optim.Optimizer):
         """What a wrapper has not, its inner optimizer may have: ``refresh``, ``train``, ``eval`` and the like."""
         if name.startswith("_") or name in ("inner", "grad_scale", "found_inf"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner, name)
+        found = getattr(self.inner, name)
+        return self._second_step if name == "second_step" else found
+
+    def _second_step(self, zero_grad: bool = False, **extra: Any) -> Any:
+        """The second step of a wrapper of the SAM family inside: this one has a part in it, too."""
+        result = self.step(**extra)
+        if zero_grad:
+            self.zero_grad()
+        return result
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
         """That of ``inner``, with the state that the wrapper keeps."""
@@ -302,8 +310,13 @@ class Wrapper(torch.optim.Optimizer):
         return self.inner.state_dict()
 
     def load_inner(self, state_dict: dict[str, Any]) -> None:
-        """Load such a state dict."""
+        """Load such a state dict. Names of parameters stay this optimizer's; torch's would take those of FSDP1."""
+        names = [group.get("param_names") for group in self.inner.param_groups]
         self.inner.load_state_dict(state_dict)
+        for group, own in zip(self.inner.param_groups, names, strict=True):
+            group.pop("param_names", None)
+            if own is not None:
+                group["param_names"] = own
 
     def _check_origin(self, state_dict: Mapping[str, Any]) -> None:
         owner = type(self).__name__

@@ -75,7 +75,7 @@ class AdaHessian(Curved):
     Sharding class E, and the estimate's passes (R where a convolution kernel is cut). State: 12 bytes per parameter
     (fp32).
 
-    When: a second derivative at every step is affordable. Start: ``lr=0.03``.
+    When: a second derivative at every step is affordable. Start: ``lr=0.03``, ``product="difference"``.
 
     Paper: Yao et al., https://arxiv.org/abs/2006.00719.
     """

@@ -62,6 +62,7 @@ class Curved(Optimizer):
     """
 
     curvature: ClassVar[str] = "hessian"
+    carried: ClassVar[tuple[str, ...]] = ("estimator",)
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common, estimator: str | Estimator) -> None:
         self.estimator = estimator_of(type(self).__name__, estimator)

@@ -71,12 +71,14 @@ class Muon(Optimizer):
         adam_lr: learning rate of AdamW for the other parameters; ``lr`` if None. Default None.
         betas: of AdamW, each in [0, 1). Default (0.9, 0.95).
         adam_eps: of AdamW, >= 0. Default 1e-8.
-        ns_dtype: to iterate in; None: bfloat16 on GPUs, else the parameters' own. Default None.
+        ns_dtype: ``"bfloat16"``, ``"float32"`` or ``"float64"``, to iterate in; None: bfloat16 on GPUs, else the
+            parameters' own. Default None.
         matrix_params: ``(name, layer, axes) -> bool``: what is a matrix; None: as said above. Default None.
         **common: see :class:`oput_dist.engine.Common`.
 
     Raises:
-        ValueError: for a value out of range, or if nothing is a matrix.
+        ValueError: for a value out of range, or if ``matrix_params`` matches nothing. (Without it, parameters that are
+            all vectors go to AdamW.)
 
     Sharding class M: matrices to their owners and back. State: 4 bytes per parameter (fp32) of matrices, 8 of others.
 
@@ -99,14 +101,13 @@ class Muon(Optimizer):
         adam_lr: Nonnegative | None = None,
         betas: Betas = (0.9, 0.95),
         adam_eps: Nonnegative = 1e-8,
-        ns_dtype: torch.dtype | None = None,
+        ns_dtype: Literal["bfloat16", "float32", "float64"] | None = None,
         matrix_params: Test | None = None,
         **common: Unpack[Common],
     ) -> None:
-        self._dtype = ns_dtype
         if isinstance(params, nn.Module):
             common.setdefault("module", params)
-        defaults = hyperparameters(locals(), "ns_dtype", "matrix_params")
+        defaults = hyperparameters(locals(), "matrix_params")
         super().__init__(routed(params, matrix_params), {**defaults, MATRIX: True}, common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
@@ -114,7 +115,8 @@ class Muon(Optimizer):
             return Recipe((Update(adam),), ("exp_avg", "exp_avg_sq"), Decay.SHRINK)
         steps = group["ns_steps"]
         coefficients = polar_express(steps) if group["polar_express"] else (NEWTON_SCHULZ,) * steps
-        whole = Orthogonalize(coefficients, group["eps"], group["adjust_lr"], self._dtype)
+        dtype = None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"])
+        whole = Orthogonalize(coefficients, group["eps"], group["adjust_lr"], dtype)
         first = Measure(muon_nesterov if group["nesterov"] else muon_momentum, ())
         return Recipe((first, Update(muon_apply)), ("momentum_buffer",), Decay.SHRINK, whole=whole)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from oput_dist.engine import Params
@@ -30,27 +30,42 @@ def is_hidden_matrix(name: str, layer: nn.Module | None, axes: int) -> bool:
     return axes >= 2 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag) and not set(words) & set(HEADS)
 
 
-def routed(params: Params, matrix_params: Test | None) -> list[dict[str, Any]]:
-    """Parameter groups by kind. Groups that are given stay as they are; one that does not say is of matrices where its
-    parameters have two axes or more.
+def routed(params: Params, matrix_params: Test | None) -> Any:
+    """Parameter groups by kind, where names or layers tell kinds apart.
+
+    Groups that are given stay as they are, and bare parameters are one group: in a group that does not say, matrices
+    are what has two axes or more.
 
     Args:
         params: a module, parameters, named parameters, or groups.
         matrix_params: tells matrices apart, see :data:`oput_dist.engine.split.Test`; None for :func:`is_hidden_matrix`.
 
     Raises:
-        ValueError: if no parameter is a matrix.
+        ValueError: if ``matrix_params`` matches nothing.
     """
+    if matrix_params is not None and not callable(matrix_params):
+        raise ValueError(
+            f"Muon: matrix_params={matrix_params!r} is not allowed: must be a function (name, layer, axes) -> bool"
+        )
+    if isinstance(params, torch.Tensor):
+        return params  # which no optimizer takes, and says so
     if not isinstance(params, nn.Module):
-        entries: list[Any] = list(params) if isinstance(params, Iterable) else [params]
-        if entries and isinstance(entries[0], dict):
+        entries: list[Any] = list(params)
+        bare = matrix_params is None and not any(isinstance(entry, tuple) for entry in entries)
+        if bare or any(isinstance(entry, dict) for entry in entries):
             return entries
         params = entries
     matrices, others = split(params, matrix_params or is_hidden_matrix, "whether they are matrices")
-    if not matrices:
+    if not matrices and matrix_params is not None:
         raise ValueError(
-            "no parameter is a matrix of a hidden layer, so there is nothing to work on whole: give the module, or "
-            "matrix_params=lambda name, layer, axes: axes >= 2, or use another optimizer"
+            "matrix_params says of no parameter that it is a matrix: it is called as matrix_params(name, layer, axes), "
+            f"as for {_listed(others)}; leave it out for hidden layers of two axes or more"
         )
     groups: list[dict[str, Any]] = [{"params": matrices, MATRIX: True}, {"params": others, MATRIX: False}]
     return [group for group in groups if group["params"]]
+
+
+def _listed(entries: list[Any]) -> str:
+    """The first parameters, as the test sees them."""
+    shown = [entry if isinstance(entry, tuple) else ("", entry) for entry in entries[:3]]
+    return ", ".join(f"({name!r}, ..., {parameter.ndim})" for name, parameter in shown)

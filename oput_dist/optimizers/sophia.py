@@ -189,7 +189,8 @@ class SophiaH(Sophia):
 
     Sharding class E, and the estimate's passes. State: 8 bytes per parameter (fp32).
 
-    When: the loss is no cross-entropy, so that there are no labels to sample. Start: ``lr=3e-4``, ``weight_decay=0.1``.
+    When: the loss is no cross-entropy, so that there are no labels to sample. Start: ``lr=1e-3``, ``rho=0.1``,
+    ``product="difference"``.
 
     Paper: Liu et al., https://arxiv.org/abs/2305.14342.
     """
