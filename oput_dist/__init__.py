@@ -20,5 +20,15 @@ from .engine.replicas import check_replicas as check_replicas
 from .engine.whole import full_state_dict as full_state_dict
 from .engine.wrapper import Wrapper as Wrapper
 from .optimizers import *
+from .wrappers import ASAM as ASAM
+from .wrappers import EMA as EMA
+from .wrappers import ESAM as ESAM
+from .wrappers import GSAM as GSAM
+from .wrappers import LAWA as LAWA
+from .wrappers import SAM as SAM
+from .wrappers import SWA as SWA
+from .wrappers import AdaGraft as AdaGraft
+from .wrappers import Lookahead as Lookahead
+from .wrappers import LookSAM as LookSAM
 
 __version__ = "0.1.0"

@@ -5,8 +5,19 @@
   (``tests/test_parity.py``).
 """
 
-from tests.cases import adam_like, curvature, elementwise, matrices, momentum, norms, rows, schedules, whole_model
+from tests.cases import (
+    adam_like,
+    curvature,
+    elementwise,
+    matrices,
+    momentum,
+    norms,
+    rows,
+    schedules,
+    whole_model,
+    wrappers,
+)
 
-_TABLES = (elementwise, adam_like, momentum, norms, rows, whole_model, schedules, curvature, matrices)
+_TABLES = (elementwise, adam_like, momentum, norms, rows, whole_model, schedules, curvature, matrices, wrappers)
 CASES = [case for table in _TABLES for case in table.CASES]
 ORACLES = [oracle for table in _TABLES for oracle in table.ORACLES]

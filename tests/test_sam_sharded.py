@@ -1,0 +1,452 @@
+"""The SAM family under every kind of sharding: one trajectory, one all-reduce, and ranks that agree."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import oput_dist as oput
+from oput_dist.engine.step import Outcome
+from oput_dist.layout import whole_or_local
+from oput_dist.wrappers.esam import ESAM
+from oput_dist.wrappers.gsam import GSAM
+from oput_dist.wrappers.looksam import LookSAM
+from oput_dist.wrappers.sam import ASAM, SAM
+from tests.formulas import sam as formulas
+from tests.layouts import Layout
+from tests.pool import Pool
+from tests.toy import largest_difference, same
+from tests.wrapped import LAYOUTS
+
+LIMIT = 1e-12
+FAMILY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sam": (SAM, {"rho": 0.2}),
+    "asam": (ASAM, {"rho": 0.5, "eta": 0.01}),
+    "gsam": (GSAM, {"rho": 0.3}),
+    "looksam": (LookSAM, {"rho": 0.3, "k": 2}),
+    "esam": (ESAM, {"rho": 0.3, "beta": 0.5, "gamma": 1.0}),
+}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+class Place:
+    """A model under one kind of sharding, and this rank's share of the batches."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.options = kind, {}
+        model: Any = network()
+        if kind in ("ddp", "zero1"):
+            model = DistributedDataParallel(model)
+            self.options = {"shard_group": dist.group.WORLD} if kind == "zero1" else {}
+        elif kind in ("fsdp2", "hsdp"):
+            shape = (2, 2) if kind == "hsdp" else (dist.get_world_size(),)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+            for layer in (model[0], model[2]):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        elif kind == "tp":
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+        elif kind.startswith("fsdp1"):
+            options: Any = {"device_id": torch.device("cpu"), "use_orig_params": kind == "fsdp1"}
+            model[2] = FullyShardedDataParallel(model[2], **options)
+            model = FullyShardedDataParallel(model, **options)
+        self.model = model
+        own = kind not in ("tp", "plain")
+        self.share = slice(dist.get_rank(), None, dist.get_world_size()) if own else slice(None)
+
+    def make(self, name: str, base: str, like: str = "", **settings: Any) -> Any:
+        """The optimizer; ``like`` says which kind of sharding has its order of parameters."""
+        wrapper, known = FAMILY[name]
+        settings = {**known, **settings}
+        params: Any = self.model
+        if like == "fsdp1-flat":  # first the parameters of the outer unit
+            params = sorted(self.model.named_parameters(), key=lambda named: named[0].startswith("2."))
+        if base == "sgd":
+            return wrapper(params, torch.optim.SGD, lr=0.1, momentum=0.9, **settings)
+        return wrapper(oput.Lamb(params, lr=0.05, **self.options), **settings)
+
+    def losses(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (12,), generator=generator)
+        return F.cross_entropy(self.model(x[self.share]), y[self.share], reduction="none")
+
+    def call(self, name: str, step: int) -> Callable[..., Tensor]:
+        def closure() -> Tensor:
+            loss = self.losses(step).mean()
+            loss.backward()
+            return loss
+
+        return (lambda indices: self.losses(step)) if name == "esam" else closure
+
+    def values(self) -> list[Tensor]:
+        summon: Any = contextlib.nullcontext()
+        if self.kind.startswith("fsdp1"):
+            summon = FullyShardedDataParallel.summon_full_params(self.model, writeback=False)
+        with summon, torch.no_grad():
+            found = [p.full_tensor() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+            return [p.detach().clone() for p in found]
+
+
+@torch.no_grad()
+def copy_weights(place: Place, other: Place) -> None:
+    for p, q in zip(place.model.parameters(), other.model.parameters(), strict=True):
+        whole_or_local(q.detach()).copy_(whole_or_local(p.detach()))
+
+
+def bases(kind: str) -> list[str]:
+    return ["lamb", "sgd"] if kind in ("ddp", "fsdp2", "fsdp1") else ["lamb"]
+
+
+def trajectory(kind: str, name: str, base: str) -> float:
+    """The largest difference from one process, over some steps and a move to one process and on.
+
+    On the same layout a resumed run goes on bit for bit.
+    """
+    place, alone = Place(kind), Place("plain")
+    sharded, whole = place.make(name, base), alone.make(name, base, kind)
+    worst = 0.0
+    for step in range(3):
+        sharded.step(place.call(name, step))
+        whole.step(alone.call(name, step))
+        worst = max(worst, largest_difference(place.values(), alone.values()))
+    again = Place(kind)
+    again.losses(0).mean().backward()  # at the first DistributedDataParallel arranges its buckets anew, which rounds
+    copy_weights(place, again)
+    resumed = again.make(name, base)
+    resumed.load_state_dict(copy.deepcopy(sharded.state_dict()))
+    moved = Place("plain")
+    with torch.no_grad():
+        for p, value in zip(moved.model.parameters(), place.values(), strict=True):
+            p.copy_(value)
+    if base == "lamb":
+        alone, whole = moved, moved.make(name, base, kind)
+        whole.load_state_dict(oput.full_state_dict(sharded))
+    for step in range(3, 5):
+        sharded.step(place.call(name, step))
+        whole.step(alone.call(name, step))
+        resumed.step(again.call(name, step))
+    assert same(place.values(), again.values())
+    worst = max(worst, largest_difference(place.values(), alone.values()))
+    return worst
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """The sizes of what ``dist.all_reduce`` is called with."""
+    sizes: list[int] = []
+    reduce = dist.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = reduce
+
+
+def reductions(kind: str, name: str) -> tuple[int, int]:
+    """All-reduces of a first step, and of making the gradients of the second."""
+    place = Place(kind)
+    optimizer = place.make(name, "lamb")
+    place.losses(0).mean().backward()
+    with counted() as first:
+        optimizer.first_step()
+    place.losses(0).mean().backward()
+    before, optimizer._first = optimizer._first, optimizer._first
+    optimizer.restore()
+    with counted() as second, torch.no_grad():
+        optimizer.rewrite_gradients(before)
+    return len(first), len(second)
+
+
+def poisoned(kind: str, name: str, bad: int) -> bool:
+    """Whether a step does nothing on this rank when one rank's gradient alone is not finite in one pass."""
+    place = Place(kind)
+    optimizer = place.make(name, "lamb", skip_nonfinite=True)
+    optimizer.step(place.call(name, 0))
+    if name == "looksam":
+        optimizer.set("steps", 0)
+    before, state = place.values(), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    for number in (1, 2):
+        place.losses(1).mean().backward()
+        if number == bad and dist.get_rank() == dist.get_world_size() - 1:
+            owned = [whole_or_local(p.grad) for p in place.model.parameters() if p.grad is not None]
+            next(g for g in owned if g.numel()).view(-1)[0] = float("inf")
+        if number == 1:
+            optimizer.first_step()
+    optimizer.step()
+    assert optimizer.outcome is Outcome.SKIPPED
+    assert optimizer.skipped == 1
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(whole(v), whole(state[key][k])) for k, v in entry.items())
+    kept = same(place.values(), before)
+    optimizer.step(place.call(name, 1))
+    assert optimizer.outcome is Outcome.DONE
+    return kept
+
+
+def whole(value: Any) -> Tensor:
+    return whole_or_local(torch.as_tensor(value))
+
+
+def interrupted(kind: str) -> float:
+    """An exception after the forward pass of the second: the weights are as before, and training goes on right."""
+    place, alone = Place(kind), Place("plain")
+    sharded, plain = place.make("sam", "lamb"), alone.make("sam", "lamb")
+    before, passes = place.values(), []
+
+    def fails() -> Tensor:
+        passes.append(1)
+        loss = place.losses(0).mean()
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        sharded.step(fails)
+    assert same(place.values(), before)
+    sharded.step(place.call("sam", 1))
+    plain.step(alone.call("sam", 1))
+    return largest_difference(place.values(), alone.values())
+
+
+def watched(kind: str) -> float:
+    """A look at the loss before each step by hand leaves gathered weights behind, which must not be used again."""
+    place, other = Place(kind), Place(kind)
+    for one in (place, other):
+        optimizer = one.make("sam", "lamb")
+        for step in range(2):
+            one.losses(step).mean().backward()
+            for end in (optimizer.first_step, optimizer.second_step):
+                if one is place:
+                    with torch.no_grad():
+                        one.losses(step)
+                end(zero_grad=True)
+                if end == optimizer.first_step:
+                    one.losses(step).mean().backward()
+    return largest_difference(place.values(), other.values())
+
+
+def checks(kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in FAMILY:
+        for base in bases(kind):
+            found[f"{name}-{base}"] = trajectory(kind, name, base)
+    for name in ("sam", "gsam", "looksam"):
+        for bad in (1, 2):
+            found[f"{name}-poisoned-{bad}"] = poisoned(kind, name, bad)
+        found[f"{name}-reductions"] = reductions(kind, name)
+    found["watched"] = watched(kind)
+    found["interrupted"] = interrupted(kind)
+    return found
+
+
+CASES = [("ddp", 2), ("zero1", 3), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp1", 2), ("fsdp1-flat", 3)]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), CASES)
+def test_sharded_is_as_one_process(pool: Pool, kind: str, ranks: int) -> None:
+    sharded = kind not in ("ddp", "zero1")
+    for found in pool.run(ranks, checks, kind):
+        for what, value in found.items():
+            if what.endswith("reductions"):
+                partial = kind == "tp"  # biases behind row-wise layers: one all-reduce settles them
+                again = {"sam": 0, "gsam": int(sharded), "looksam": int(kind != "ddp")}[what.split("-")[0]]
+                assert value == (sharded + partial, again + partial * (again > 0)), (what, value)
+            elif "poisoned" in what:
+                assert value is True, what
+            else:
+                assert value <= LIMIT, (what, value)
+
+
+# ------------------------------------------------------------------------- tensor parallelism, and all other layouts
+
+
+def curved(optimizer: Any, layout: Layout, params: dict[str, Tensor], whole: Callable[[], dict[str, Tensor]]) -> None:
+    """A step by hand whose gradients depend on the weights: a pull to 0.5 along sines."""
+    for number in (1, 2):
+        optimizer.zero_grad()
+        layout.give(params, {name: torch.sin(3 * p - 0.5) for name, p in whole().items()})
+        if number == 1 and optimizer.needs_second_pass:
+            optimizer.first_step(zero_grad=False)
+    optimizer.step()
+
+
+def values_of_harness() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"matrix": (8, 4), "short": (4, 3), "square": (4, 4), "row": (2, 8), "vector": (6,), "scalar": ()}
+    return {k: torch.randn(shape, generator=generator, dtype=torch.float64) for k, shape in shapes.items()}
+
+
+def harness(kind: str) -> dict[str, float]:
+    found = {}
+    for name, (wrapper, settings) in FAMILY.items():
+        layout, start = LAYOUTS[kind](), values_of_harness()
+        params = layout.start({k: v.clone() for k, v in start.items()})
+        alone = {k: nn.Parameter(v.clone()) for k, v in start.items()}
+        sharded, single = (
+            wrapper(oput.Lamb(list(p.values()), lr=0.05), **{**settings, "rho": 0.3}) for p in (params, alone)
+        )
+
+        def gathered(params: dict[str, Tensor] = params) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return {k: p.full_tensor() if isinstance(p, DTensor) else p.detach() for k, p in params.items()}
+
+        def given(alone: dict[str, Tensor] = alone) -> dict[str, Tensor]:
+            return {k: p.detach() for k, p in alone.items()}
+
+        for _ in range(4):
+            curved(sharded, layout, params, gathered)
+            curved(single, LAYOUTS["plain"](), alone, given)
+        found[name] = largest_difference(list(gathered().values()), list(given().values()))
+        assert largest_difference(list(given().values()), list(start.values())) > 0.01
+    return found
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("tp", 2), ("fsdp2-tp", 4), ("columns", 3), ("mixture", 4)])
+def test_other_layouts_and_partial_sums(pool: Pool, kind: str, ranks: int) -> None:
+    for found in pool.run(ranks, harness, kind):
+        assert max(found.values()) <= LIMIT, found
+
+
+# -------------------------------------------------------------------------------------------------- local perturbation
+
+
+def local(by_hand: bool) -> tuple[float, int]:
+    """The largest difference from the formula, which has a perturbation for each rank; and collectives of its norm."""
+    place = Place("ddp")
+    optimizer = SAM(place.model, torch.optim.SGD, lr=0.1, rho=0.3, local=True)
+    params = [p.detach().clone() for p in network().parameters()]
+    with counted() as sizes:
+        for step in range(3):
+            if by_hand:
+                with place.model.no_sync():
+                    place.losses(step).mean().backward()
+                optimizer.first_step()
+                place.losses(step).mean().backward()
+                optimizer.second_step(zero_grad=True)
+            else:
+                optimizer.step(place.call("sam", step))
+            total = [torch.zeros_like(p) for p in params]
+            for rank in range(dist.get_world_size()):
+
+                def grads_at(weights: list[Tensor], rank: int = rank, step: int = step) -> list[Tensor]:
+                    leaves, losses = share_of(rank, weights, step)
+                    return list(torch.autograd.grad(losses.mean(), leaves))
+
+                grads = formulas.sam(params, grads_at, rho=0.3)
+                total = [t + g / dist.get_world_size() for t, g in zip(total, grads, strict=True)]
+            params = [p - 0.1 * t for p, t in zip(params, total, strict=True)]
+    return largest_difference(place.values(), params), len(sizes)
+
+
+def share_of(rank: int, params: list[Tensor], step: int) -> tuple[list[Tensor], Tensor]:
+    """Leaves, and the losses of a rank's share at them."""
+    leaves = [p.detach().requires_grad_() for p in params]
+    model, other = network(), Place("plain")
+    named = dict(zip([name for name, _ in model.named_parameters()], leaves, strict=True))
+    other.share = slice(rank, None, dist.get_world_size())
+    other.model = lambda x: torch.func.functional_call(model, named, x)
+    return leaves, other.losses(step)
+
+
+def mean_gradients(params: list[Tensor], step: int, chosen: dict[int, list[int]] | None = None) -> list[Tensor]:
+    """Of the mean over ranks, of all their samples or some."""
+    ranks = dist.get_world_size()
+    total = [torch.zeros_like(p) for p in params]
+    for rank in range(ranks):
+        leaves, losses = share_of(rank, params, step)
+        losses = losses if chosen is None else losses[chosen[rank]]
+        total = [t + g / ranks for t, g in zip(total, torch.autograd.grad(losses.mean(), leaves), strict=True)]
+    return total
+
+
+def samples_by_rank() -> float:
+    """ESAM where each rank chooses a third of its own samples."""
+    place, params = Place("ddp"), [p.detach().clone() for p in network().parameters()]
+    optimizer = ESAM(place.model, torch.optim.SGD, lr=0.1, rho=0.3, beta=1.0, gamma=0.34)
+
+    def losses_of(indices: Tensor | None, step: int) -> Tensor:
+        own, full = place.share, range(12)
+        if indices is not None:
+            place.share = [list(full)[own][i] for i in indices]  # type: ignore[assignment]
+        try:
+            return place.losses(step)
+        finally:
+            place.share = own
+
+    for step in range(3):
+        optimizer.step(lambda indices, step=step: losses_of(indices, step))
+        up = formulas.climbed(params, mean_gradients(params, step), 0.3)
+        chosen = {}
+        for rank in range(dist.get_world_size()):
+            rise = share_of(rank, up, step)[1] - share_of(rank, params, step)[1]
+            chosen[rank] = rise.topk(2)[1].tolist()
+        grads = mean_gradients(up, step, chosen)
+        params = [p - 0.1 * g for p, g in zip(params, grads, strict=True)]
+    return largest_difference(place.values(), params)
+
+
+def refused() -> None:
+    for kind in ("fsdp2", "tp", "fsdp1"):
+        place = Place(kind)
+        optimizer = place.make("sam", "lamb", local=True)
+        before = place.values()
+        place.losses(0).mean().backward()
+        with pytest.raises(ValueError, match=r"local=True, but parameter '.*' is sharded"):
+            optimizer.first_step()
+        assert same(place.values(), before)
+    place = Place("plain")
+    with pytest.raises(RuntimeError, match=r"under ddp_model.no_sync\(\)"):
+        place.make("sam", "lamb", local=True).step(place.call("sam", 0))
+    for flat in ("fsdp1", "fsdp1-flat"):
+        place = Place(flat)
+        optimizer, scaler = place.make("sam", "lamb"), torch.amp.GradScaler("cpu", init_scale=64.0)
+        before = place.values()
+        scaler.scale(place.losses(0).mean()).backward()
+        optimizer.first_step()
+        scaler.scale(place.losses(0).mean()).backward()
+        with pytest.raises(RuntimeError, match=r"call scaler.unscale_\(optimizer\)"):
+            scaler.step(optimizer)
+        assert same(place.values(), before)
+    bare = Place("fsdp1")
+    optimizer = SAM(bare.model.parameters(), torch.optim.SGD, lr=0.1)
+    bare.losses(0).mean().backward()
+    with pytest.raises(ValueError, match="module=fsdp_module"):
+        optimizer.first_step()
+
+
+def locally() -> list[Any]:
+    refused()
+    return [*(local(by_hand) for by_hand in (False, True)), (samples_by_rank(), 0)]
+
+
+def test_local_perturbation_and_what_is_refused(pool: Pool) -> None:
+    for found in pool.run(2, locally):
+        for difference, reductions in found:
+            assert difference <= LIMIT
+            assert reductions == 0
