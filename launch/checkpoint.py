@@ -71,7 +71,7 @@ def save(folder: Path, step: int, run: Mapping[str, Any], model: nn.Module, opti
                     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_savable(model: nn.Module, optimizer: oput.Optimizer) -> None:
+def check_savable(model: nn.Module, optimizer: oput.Optimizer | oput.Wrapper) -> None:
     """UsageError if PyTorch could not save the run: its FSDP1 takes only state in the shape of the parameters."""
     if isinstance(model, FullyShardedDataParallel) and any(
         optimizer.recipe(group, (2, 2)).vectors for group in optimizer.param_groups

@@ -11,6 +11,7 @@ from launch.errors import UsageError
 from launch.parallel import PARALLEL, Grid
 from launch.schedule import SCHEDULES
 from launch.world import World
+from launch.wrapping import WRAPPERS
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Options:
 
     optimizer: str
     opt: dict[str, Any]
+    wrap: list[str]
     lr: float | None
     clip: float | None
     schedule: str
@@ -111,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--optimizer", default="lamb", metavar="NAME", help="any of oput.available()")
     group.add_argument("--opt", nargs="+", action="extend", default=[], type=_assignment, metavar="KEY=VALUE",
                        help="options of the optimizer, in Python's form: --opt betas=(0.9,0.95) eps=1e-6")  # fmt: skip
+    group.add_argument("--wrap", nargs="+", choices=WRAPPERS, default=[], metavar="NAME",
+                       help=f"what stands around it, innermost first: {', '.join(WRAPPERS)}")  # fmt: skip
     group.add_argument("--lr", type=_number, help="peak learning rate (default: the optimizer's)")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate after warm-up")
     group.add_argument("--warmup", type=_whole(0), default=0, metavar="STEPS", help="steps of linear warm-up")

@@ -35,11 +35,12 @@ from launch.world import (
     set_up_device,
     together,
 )
+from launch.wrapping import averaged, title, wrapped
 
 INSTEAD = {"lr": "--lr", "params": "--layers", "shard_group": "--parallel zero1", "max_grad_norm": "--clip"}
 
 
-def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer:
+def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer | oput.Wrapper:
     """The optimizer that the command line asks for; UsageError with the library's own sentence for what it refuses."""
     arguments = dict(options.opt)
     for key, flag in INSTEAD.items():
@@ -58,9 +59,10 @@ def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer:
         known = inspect.signature(oput.lookup(options.optimizer)).parameters
         if "num_iterations" in known and not {"num_iterations", "num_epochs"} & arguments.keys():
             arguments["num_iterations"] = options.steps  # a schedule of its own needs the length of the run
-        return oput.create(options.optimizer, model, **arguments)
+        optimizer = oput.create(options.optimizer, model, **arguments)
     except (ValueError, TypeError) as e:
         raise UsageError(str(e)) from e
+    return wrapped(optimizer, options.wrap)
 
 
 class Trainer:
@@ -75,7 +77,7 @@ class Trainer:
         self.size = sum(p.numel() for p in model.parameters())  # of the whole: FSDP1 leaves each rank a part
         self.module = parallel.spread(model, options.parallel, self.grid, device, self.bf16)
         self.model = parallel.unwrapped(self.module)
-        self.optimizer = build_optimizer(options, self.model)
+        self.optimizer: Any = build_optimizer(options, self.model)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.clock = Clock(device)
 
@@ -99,8 +101,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         marks = [self.clock.now()]
-        inner = curved(self.optimizer)
-        estimated = inner is not None and refresh(inner, self.logits, self.module, next(self.batches(step)))
+        inner, estimated = curved(self.optimizer), False
+        if inner is not None and inner.due:
+            with together(self.world):  # a model may not be differentiable as the estimator needs it
+                estimated = refresh(inner, self.logits, self.module, next(self.batches(step)))
         marks.append(self.clock.now())
 
         def gradients() -> Tensor:  # as a closure, since some optimizers need the loss
@@ -132,12 +136,14 @@ class Trainer:
         return total
 
     def held_out_loss(self) -> Tensor:
-        """That of the weights that the optimizer would leave, which for schedule-free ones are not those it trains."""
-        if not isinstance(self.optimizer, oput.ScheduleFree):
-            return self._held_out_loss()
-        self.optimizer.eval()
-        loss = self._held_out_loss()
-        self.optimizer.train()
+        """That of the weights that the optimizer would leave, which with an average are not those it trains."""
+        inner = self.optimizer.origin if isinstance(self.optimizer, oput.Wrapper) else self.optimizer
+        if isinstance(inner, oput.ScheduleFree):
+            inner.eval()
+        with averaged(self.optimizer):
+            loss = self._held_out_loss()
+        if isinstance(inner, oput.ScheduleFree):
+            inner.train()
         return loss
 
     @torch.no_grad()
@@ -173,7 +179,7 @@ class Trainer:
     def describe(self) -> dict[str, Any]:
         """What this run is, for its checkpoints."""
         run = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()}
-        run |= {"optimizer": type(self.optimizer).__name__, "lr": self.peak_lr, "ranks": self.world.size}
+        run |= {"optimizer": title(self.optimizer), "lr": self.peak_lr, "ranks": self.world.size}
         run |= {"dtype": "bf16" if self.bf16 else "fp32", "text": self.corpus.digest}
         return run
 
@@ -181,7 +187,7 @@ class Trainer:
         options = self.options
         place = f"{torch.get_num_threads()} thread(s) each" if self.device.type == "cpu" else "NCCL"
         return (
-            f"{type(self.optimizer).__name__}, {options.parallel}, {self.grid} on {self.device.type} "
+            f"{title(self.optimizer)}, {options.parallel}, {self.grid} on {self.device.type} "
             f"({place}, {'bf16' if self.bf16 else 'fp32'}); GPT of {self.size / 1e6:.2f} M parameters; "
             f"{len(self.corpus.train) / 1e6:.1f} MB of text from {self.corpus.source}"
         )

@@ -109,6 +109,24 @@ def test_another_number_of_ranks_continues_to_rounding(
     assert wanted[-1]["val_loss"] < wanted[0]["val_loss"] - 0.2
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["--optimizer", "sophiag", "--wrap", "looksam", "lookahead", "ema", "--parallel", "fsdp2"],
+        ["--optimizer", "muon", "--wrap", "sam", "--parallel", "zero1"],
+    ],
+    ids=["sophia", "sam"],
+)
+def test_what_wrappers_and_estimates_keep_continues_bitwise(tmp_path: Path, kind: list[str]) -> None:
+    """Estimates are due every 10 steps, slow weights meet every 5, the run is left at the 8th."""
+    flags = [*SMALL, *kind, "--schedule", "constant", "--lr", "0.003", "--opt", "backend=foreach"]
+    trained(2, *flags, "--steps", 14, "--out", tmp_path / "whole")
+    saving = ["--out", tmp_path / "parts", "--checkpoint", tmp_path / "saved", "--resume"]
+    for steps in (8, 14):
+        trained(2, *flags, "--steps", steps, *saving)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
 def test_steps_are_those_of_a_plain_loop_of_torch(tmp_path: Path) -> None:
     flags = ["--optimizer", "adamw", "--lr", "0.01", "--opt", "weight_decay=0.1", "backend=foreach", "--clip", "0.5"]
     flags += ["--schedule", "constant", "--steps", "5", "--seed", "3", "--accumulate", "2", "--out", str(tmp_path)]
@@ -197,6 +215,9 @@ def test_unfinished_rows_are_cut(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         ("--optimizer lam", r"lam.*[Ll]amb"),
+        ("--optimizer ranger --wrap lookahead", r"--wrap lookahead: Lookahead cannot wrap Ranger, which keeps slow"),
+        ("--wrap sam asam", r"--wrap asam: ASAM: the optimizer is wrapped by"),
+        ("--optimizer sophiah", r"cannot be differentiated twice.*product=.difference"),
         ("--optimizer adamw --opt beta=0.9", r"AdamW .*'beta'.*'betas'"),
         ("--optimizer adamw --opt betas=0.9", r"AdamW: betas=0.9 .*2 numbers in \[0, 1\)"),
         ("--optimizer adamw --opt eps=-1", r"AdamW: eps=-1 .*>"),
