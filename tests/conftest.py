@@ -14,6 +14,13 @@ from tests import pool as pool_module
 from tests.matrix import Tally
 
 TALLY = Tally()
+LONGEST = ("test_conformance", "test_compile", "test_kernels", "test_recipes", "test_train", "test_checkpoint_matrix")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: processes that take one file after the other (launch/test.sh) then end together."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

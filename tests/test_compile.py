@@ -22,8 +22,9 @@ def rows() -> list[Row]:
 def test_every_rule_for_every_target(rows: list[Row]) -> None:
     rules = {program.stage.rule.__name__ for program in programs()}
     compiled = {(row.program.split()[0], row.target, row.dtype) for row in rows}
-    assert compiled >= {(rule, target, "bfloat16") for rule in rules for target in TARGETS}
+    assert compiled >= {(rule, target, "bfloat16") for rule in rules for target in ("sm_80", "gfx942")}
     assert compiled >= {(rule, target, "float32") for rule in rules for target in ("sm_90", "gfx942")}
+    assert {target for _, target, _ in compiled} == TARGETS.keys()
     assert {row.program for row in rows} == {program.name for program in programs()}
 
 
