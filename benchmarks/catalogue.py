@@ -14,14 +14,19 @@ from typing import Any
 import torch
 
 import oput_dist as oput
+from oput_dist import wrappers
 from oput_dist.optimizers import OPTIMIZERS, PRESETS
 
-from .guide import guide
+from .guide import guide, prose
 from .starts import OUT as STARTS
 
 __all__ = ["OUT", "text"]
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "optimizers.md"
+WRAPPERS = sorted(
+    (cls for cls in vars(wrappers).values() if isinstance(cls, type) and issubclass(cls, oput.Wrapper)),
+    key=lambda cls: cls.__name__.lower(),
+)
 NEEDED = {"Ranger21": {"num_iterations": 200}}
 SIZE = 256
 HEAD = """# Optimizers
@@ -30,7 +35,7 @@ HEAD = """# Optimizers
 `python -m benchmarks.catalogue` from the classes themselves; each class's docstring has the rule and all arguments.
 
 - **class**: what an update must know of the whole: E nothing (elementwise), N sums over each parameter, R sums over its
-  rows or columns, G sums over the whole model.
+  rows or columns, G sums over the whole model, M whole matrices, each worked on by one rank.
 - **state**: bytes per fp32 parameter of a matrix ({size} x {size}); of a vector, where that differs.
 - **all-reduces**: a step's, for matrices and vectors together, whatever their number. `max_grad_norm` and `cautious`
   add one each, `shard_group` the gather of updated rows.
@@ -51,7 +56,7 @@ def text() -> str:
     lines = [HEAD.format(count=len(names), size=SIZE, steps=results["about"]["steps"]).rstrip("\n")]
     for cls in OPTIMIZERS.values():
         about = guide(cls)
-        letters = re.match(r"[ENRG](?:(?: and |, )[ENRG])*", about.sharding)
+        letters = re.match(r"[ENRGM](?:(?: and |, )[ENRGM])*", about.sharding)
         assert letters, about.sharding
         cells = (
             f"`{cls.__name__}`",
@@ -73,6 +78,20 @@ def text() -> str:
         about = guide(cls)
         start = ", ".join(f"`{key}={value!r}`" for key, value in about.start.items())
         lines.append(f"| `{cls.__name__}` | {about.when} | {start} | {_defaults(cls)} |")
+    lines += [
+        "",
+        "## Around any optimizer",
+        "",
+        "Each wraps any optimizer of this library or of torch, or another wrapper, and is an optimizer itself: one "
+        "set of parameter groups, one state dict, the same under every sharding.",
+        "",
+        "| name | what it does | when | start | paper |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for cls in WRAPPERS:
+        title, when, start, paper = prose(cls)
+        written = [re.sub(r":\w+:`", "`", part).replace("``", "`") for part in (title, when, start)]
+        lines.append(f"| `{cls.__name__}` | {' | '.join(written)} | {_linked(paper)} |")
     lines += [
         "",
         "## Named configurations",

@@ -10,7 +10,7 @@ from typing import Any
 
 import oput_dist as oput
 
-__all__ = ["Guide", "guide"]
+__all__ = ["Guide", "guide", "prose"]
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,32 @@ class Guide:
     paper: str
 
 
+def _paragraph(cls: type, word: str) -> str:
+    """The one paragraph of a docstring that begins with a word, without it."""
+    parts = [" ".join(part.split()) for part in inspect.cleandoc(cls.__doc__ or "").split("\n\n")]
+    found = [part for part in parts if part.startswith(word)]
+    if len(found) != 1:
+        raise ValueError(f"{cls.__name__}: the docstring must have one paragraph that begins with {word!r}")
+    return found[0].removeprefix(word).strip()
+
+
+def prose(cls: type) -> tuple[str, str, str, str]:
+    """``(title, when, start, paper)`` of a class's docstring, as they are written; ValueError if a part is missing."""
+    when, _, start = _paragraph(cls, "When:").partition(" Start: ")
+    title = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+    return title.rstrip(".:"), when, start, _paragraph(cls, "Paper:")
+
+
 def guide(optimizer: type[oput.Optimizer]) -> Guide:
     """The guide of an optimizer; ValueError if its docstring lacks a part."""
-    text = inspect.cleandoc(optimizer.__doc__ or "")
-    parts = [" ".join(part.split()) for part in text.split("\n\n")]
-
-    def part(word: str) -> str:
-        found = [p for p in parts if p.startswith(word)]
-        if len(found) != 1:
-            raise ValueError(f"{optimizer.__name__}: the docstring must have one paragraph that begins with {word!r}")
-        return found[0].removeprefix(word).strip()
-
-    when, _, start = part("When:").partition(" Start: ")
+    title, when, start, paper = prose(optimizer)
     given = re.findall(r"``(\w+)=(.*?)``", start)
     if not given:
         raise ValueError(f"{optimizer.__name__}: 'Start:' must list keywords, as in ``lr=1e-3``")
     return Guide(
-        title=parts[0].rstrip(".:"),
-        sharding=part("Sharding class"),
+        title=title,
+        sharding=_paragraph(optimizer, "Sharding class"),
         when=when,
         start={name: ast.literal_eval(value) for name, value in given},
-        paper=part("Paper:"),
+        paper=paper,
     )

@@ -84,7 +84,7 @@ class Muon(Optimizer):
 
     When: hidden layers of transformers. Start: ``lr=0.02``, ``adam_lr=3e-3``.
 
-    Papers: Jordan et al., https://kellerjordan.github.io/posts/muon/; Liu et al., https://arxiv.org/abs/2502.16982.
+    Paper: Jordan et al., https://kellerjordan.github.io/posts/muon/; Liu et al., https://arxiv.org/abs/2502.16982.
     """
 
     def __init__(
