@@ -27,6 +27,7 @@ RULE_TRAFFIC = {
     "rmsprop_centered_momentum": (5, 4),
     "muon_momentum": (2, 2),  # g, m -> m, what is worked on
     "muon_nesterov": (2, 2),
+    "muon_adam": (4, 3),
     "muon_apply": (2, 1),  # p, what came of it -> p
     "nadam": (4, 3),
     "adopt": (4, 3),

@@ -460,3 +460,45 @@ def test_copies_go_on_estimating() -> None:
     mine, theirs = optimizer.state[module[0].weight], twin.state[twin_module[0].weight]
     assert torch.equal(mine["hessian"], theirs["hessian"])
     assert pickle.loads(pickle.dumps(optimizer)).estimator.seed == 0
+
+
+def unaveraged_on_rank() -> list[str]:
+    """What is said where nothing averages the gradients of an estimate; and that training gradients are untouched."""
+    inputs, _ = batch(dist.get_rank())
+    said = []
+    ddp = DistributedDataParallel(network())
+    optimizer = oput.SophiaG(ddp.module)
+    for run in (lambda: ddp(inputs), lambda: ddp.module(inputs)):
+        with ddp.no_sync(), pytest.raises(oput.CurvatureError) as error:
+            optimizer.refresh(run)
+        said.append(str(error.value))
+    sharded = fully_shard(network())
+    sharded.set_requires_gradient_sync(False)
+    with pytest.raises(oput.CurvatureError) as error:
+        oput.SophiaG(sharded).refresh(lambda: sharded(inputs))
+    said.append(str(error.value))
+    flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    with flat.no_sync(), pytest.raises(oput.CurvatureError) as error:
+        oput.SophiaG(flat).refresh(lambda: flat(inputs))
+    return [*said, str(error.value)]
+
+
+def test_refresh_where_nothing_averages_is_refused(pool: Pool) -> None:
+    for said in pool.run(2, unaveraged_on_rank):
+        assert len(said) == 4
+        assert all("call refresh outside of no_sync()" in text for text in said)
+
+
+def test_keep_must_be_a_mask() -> None:
+    module = network()
+    inputs, _ = batch(0)
+    for keep in (torch.ones(ROWS, dtype=torch.int64), torch.ones(ROWS - 1, dtype=torch.bool)):
+        with pytest.raises(TypeError, match=r"keep must be boolean and of shape \(24,\)"):
+            oput.SophiaG(module).refresh(lambda keep=keep: (module(inputs), keep))
+
+
+def test_adahessian_without_an_estimate_warns() -> None:
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    with pytest.warns(UserWarning, match="stepped without an estimate of curvature"):
+        oput.AdaHessian([p]).step()

@@ -115,4 +115,6 @@ def test_bare_parameters_of_fsdp1_are_refused(pool: Pool) -> None:
 
 def test_a_flat_parameter_of_both_kinds_is_refused(pool: Pool) -> None:
     for message in pool.run(2, spared_when_wrapped, "fsdp1-flat"):
-        assert "holds '0.bias' and '0.weight', which differ in decay: wrap the module with use_orig_params=True" in message
+        assert (
+            "holds '0.bias' and '0.weight', which differ in decay: wrap the module with use_orig_params=True" in message
+        )

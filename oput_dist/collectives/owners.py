@@ -12,7 +12,7 @@ import torch.distributed as dist
 __all__ = ["WAVE_BYTES", "Matrix", "Owners", "assigned"]
 
 WAVE_BYTES = 64 * 2**20
-"""Bytes of matrices that a rank works on at a time: with what is sent and received, the bound of the scratch memory."""
+"""Bytes of matrices that a rank works on at a time, or one matrix; as much again is sent and received."""
 
 _all_to_all = dist.all_to_all_single
 
@@ -104,9 +104,10 @@ class Owners:
             pieces: this rank's, flat, one for each matrix, of one dtype and device.
         """
         if self._group is None:
-            wholes = {i: self._whole(pieces[i], self._held[0][i][1], i) for i in range(len(pieces))}
-            for i, result in self._worked_on(wholes).items():
-                self._cut(result, self._held[0][i][1], pieces[i])
+            for wave in self._waves:
+                wholes = {i: self._whole(pieces[i], self._held[0][i][1], i) for i in wave}
+                for i, result in self._worked_on(wholes).items():
+                    self._cut(result, self._held[0][i][1], pieces[i])
             return
         coming = [_Gather(self, wave, pieces) for wave in self._waves[:1]]
         leaving: list[_Scatter] = []

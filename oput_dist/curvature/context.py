@@ -15,9 +15,17 @@ from oput_dist.engine.agree import gathered
 from oput_dist.engine.plan import Plan
 from oput_dist.engine.slot import Slot
 from oput_dist.engine.statistics import hold_statistics, release_statistics
-from oput_dist.layout import LayoutError, data_groups_of_fsdp1, data_groups_of_fsdp2, managed_by_fsdp2
+from oput_dist.layout import (
+    LayoutError,
+    data_groups_of_fsdp1,
+    data_groups_of_fsdp2,
+    managed_by_fsdp2,
+    unreduced_by_fsdp1,
+    unreduced_by_fsdp2,
+)
+from oput_dist.layout.plain import Plain
 
-__all__ = ["Context", "CurvatureError", "Outputs", "data_groups", "undisturbed"]
+__all__ = ["Context", "CurvatureError", "Outputs", "check_averaged", "data_groups", "undisturbed"]
 
 Outputs = Sequence[Callable[[], torch.Tensor]]
 """Functions that run the model on one micro-batch each, and return what an estimator asks for."""
@@ -66,18 +74,44 @@ class Context:
         return sum(n for r, n in each.items() if r < rank), sum(each.values())
 
     def gradients(self) -> dict[int, torch.Tensor]:
-        """This rank's pieces of the gradients, flat, by number of the slot. Partial sums are added up."""
+        """This rank's pieces of the gradients, flat, by number of the slot. Partial sums are added up.
+
+        Raises:
+            CurvatureError: on all ranks, if replicas have different ones: nothing has averaged them.
+        """
         self.plan.settle_gradients()
-        return {
+        found = {
             slot.index: gradient
             for slot in self.plan.slots
             if slot.numel and (gradient := slot.flat_gradient()) is not None
         }
+        if self.groups and all(isinstance(slot.layout, Plain) for slot in self.plan.slots):
+            norms = [float(gradient.double().square().sum()) for gradient in found.values()]
+            if not gathered((norms, True), _alike, self.groups)[1]:
+                raise CurvatureError(_NOT_AVERAGED)
+        return found
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """All of them."""
         return [slot.parameter for slot in self.plan.owners]
+
+
+_NOT_AVERAGED = (
+    "gradients of the estimate were not averaged over the ranks: call refresh outside of no_sync() and with "
+    "set_requires_gradient_sync(True), and in the function the wrapped model (DDP's), not the one inside"
+)
+
+
+def _alike(values: Sequence[tuple[list[float], bool]]) -> tuple[list[float], bool]:
+    """Whether all ranks have the same numbers; NaN is like NaN."""
+    return values[0][0], all(ok and repr(norms) == repr(values[0][0]) for norms, ok in values)
+
+
+def check_averaged(parameters: Sequence[torch.Tensor], module: nn.Module | None) -> None:
+    """Raise where FSDP is told not to reduce gradients now: it would add the estimate's to those of training."""
+    if unreduced_by_fsdp2(parameters) or (module is not None and unreduced_by_fsdp1(module)):
+        raise CurvatureError(_NOT_AVERAGED)
 
 
 def data_groups(

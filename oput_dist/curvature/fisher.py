@@ -75,6 +75,11 @@ class GaussNewtonBartlett(_SquaredGradient):
                 f"the function must return logits of shape [..., classes], but returned shape {tuple(logits.shape)} "
                 f"(a loss, perhaps): {call}; labels are sampled from them"
             )
+        if keep is not None and (keep.dtype is not torch.bool or keep.shape != logits.shape[:-1]):
+            raise TypeError(
+                f"keep must be boolean and of shape {tuple(logits.shape[:-1])}, as the rows of logits, but is "
+                f"{keep.dtype} of shape {tuple(keep.shape)}: optimizer.refresh(lambda: (model(inputs), mask.bool()))"
+            )
         rows = logits.reshape(-1, logits.shape[-1]) if keep is None else logits[keep]
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         lower, total = context.counts(len(rows))

@@ -24,22 +24,27 @@ class Matrices:
     Args:
         slots: of all parameters that steps update.
         recipe_of: the recipe of a slot.
+        known: plans of owners that were made before, by what they were made from. To make one, ranks exchange what they
+            hold; one rank alone may come here again, as after its parameters moved in memory, and must find it here.
     """
 
-    def __init__(self, slots: Sequence[Slot], recipe_of: Callable[[Slot], Recipe]) -> None:
+    def __init__(self, slots: Sequence[Slot], recipe_of: Callable[[Slot], Recipe], known: dict[object, Owners]) -> None:
         self.slots = [slot for slot in slots if recipe_of(slot).whole is not None]
         families: dict[object, list[Slot]] = {}
         groups: dict[object, dist.ProcessGroup | None] = {}
         for slot in self.slots:
             group = sharing_group(slot.name, slot.layout)
             ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
-            key = (ranks, compute_dtype(slot.dtype), slot.device.type)
+            key: object = (ranks, compute_dtype(slot.dtype), slot.device if group is None else slot.device.type)
             families.setdefault(key, []).append(slot)
             groups.setdefault(key, group)
-        self._families = [
-            (members, Owners([_matrix(slot, recipe_of(slot)) for slot in members], groups[key], _width(members[0])))
-            for key, members in families.items()
-        ]
+        self._families: list[tuple[list[Slot], Owners]] = []
+        for key, members in families.items():
+            matrices = [_matrix(slot, recipe_of(slot)) for slot in members]
+            made_from = (key, tuple(_facts(matrix) for matrix in matrices))
+            if made_from not in known:
+                known[made_from] = Owners(matrices, groups[key], _width(members[0]))
+            self._families.append((members, known[made_from]))
 
     def run(self, memory: Mapping[int, torch.Tensor]) -> None:
         """Replace what every slot has by its piece of what is made of the whole. Every rank must call it.
@@ -60,6 +65,12 @@ def _matrix(slot: Slot, recipe: Recipe) -> Matrix:
     assert recipe.whole is not None
     shape = tuple(slot.layout.shape)
     return Matrix(shape, recipe.whole.cost(shape), slot.boxes, slot.numel, recipe.whole)
+
+
+def _facts(matrix: Matrix) -> tuple[object, ...]:
+    """What a plan of owners is made from, as plain values."""
+    places = [(box.start, box.shape, box.strides, [str(part) for part in box.index]) for box in matrix.boxes]
+    return matrix.shape, matrix.cost, matrix.numel, matrix.work, repr(places)
 
 
 def _width(slot: Slot) -> int:

@@ -139,6 +139,7 @@ class Optimizer(torch.optim.Optimizer):
         self.skipped = 0
         self.outcome: Outcome | None = None
         self._plan: Plan | None = None
+        self._owners_known: dict[Any, Any] = {}
         self._begun = False
         every = {
             **defaults,
@@ -305,6 +306,7 @@ class Optimizer(torch.optim.Optimizer):
             if self._model is not None:
                 self._model.refresh()
             self._plan = Plan.of(self.param_groups, self.state, group, self._sums, self._model)
+            self._plan.owners_known = self._owners_known
         return self._plan
 
     def _sums(self, group: Group, shape: Shape) -> bool:
@@ -343,6 +345,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.state = self.state if isinstance(self.state, defaultdict) else defaultdict(dict, self.state)
         self._plan = None
+        self.__dict__.setdefault("_owners_known", {})
 
 
 def _backends(owner: str, common: Common) -> tuple[str, ...]:

@@ -38,6 +38,8 @@ class Plan:
     """What backends keep for each bucket."""
     memo: dict[Any, Any] = field(default_factory=dict)
     """What the engine works out once from the slots: the schedules of collectives."""
+    owners_known: dict[Any, Any] = field(default_factory=dict)
+    """Plans of owners of whole matrices, which outlive this plan: see :class:`oput_dist.engine.matrices.Matrices`."""
 
     @classmethod
     def of(

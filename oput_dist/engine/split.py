@@ -19,13 +19,14 @@ Test = Callable[[str, nn.Module | None, int], bool]
 ``layer`` the module that it belongs to, None if that is not known; ``axes`` those of its original shape."""
 
 
-def split(params: Params, test: Test, by: str) -> tuple[list[Any], list[Any]]:
+def split(params: Params, test: Test, by: str, module: nn.Module | None = None) -> tuple[list[Any], list[Any]]:
     """The parameters of either kind, with their names where all are known.
 
     Args:
         params: a module; or named parameters, or parameters, of which less is known.
         test: tells them apart.
         by: what the kinds differ in, for messages: "decay".
+        module: the module of parameters that are given by themselves, where it is known.
 
     Raises:
         ValueError: for parameter groups, and for a flat parameter of FSDP1 that holds both kinds.
@@ -41,12 +42,13 @@ def split(params: Params, test: Test, by: str) -> tuple[list[Any], list[Any]]:
                 "parameters, and not groups"
             )
         named = [entry if isinstance(entry, tuple) else ("", entry) for entry in entries]
-        if any(is_flattened(p) for _, p in named):
+        known = {} if module is None else _by_module(module, test, by)
+        if not known and any(is_flattened(p) for _, p in named):
             raise ValueError(
                 "FSDP1 (FullyShardedDataParallel) flattened these parameters, so their shapes and layers are unknown: "
                 f"this configuration, which tells parameters apart by {by}, needs the wrapped module in their place"
             )
-        first = {p: test(name, None, len(p.shape)) for name, p in named}
+        first = {p: known[p] if p in known else test(name, None, len(p.shape)) for name, p in named}
     with_names = all(name for name, _ in named)
     kinds: tuple[list[Any], list[Any]] = ([], [])
     for name, p in named:

@@ -135,7 +135,7 @@ class Step:
     def run(self) -> Outcome:
         """Run it: checks first, so that nothing has changed when one of them raises."""
         self._plan.settle_gradients()
-        slots = [slot for slot in self._plan.slots if updated(slot)]
+        slots = [slot for slot in self._plan.slots if self._takes_part(slot)]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
         rehearsed = self._rehearsal(gradients)
         if rehearsed:
@@ -156,6 +156,11 @@ class Step:
         self._run_stages(buckets, scratch)
         finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
+
+    def _takes_part(self, slot: Slot) -> bool:
+        """Whether a parameter takes part in this step. One that is worked on whole does not while it is frozen, even
+        with an old gradient: which ranks work on it must be known on all of them."""
+        return updated(slot) and (self.recipe_of(slot).whole is None or slot.parameter.requires_grad)
 
     def recipe_of(self, slot: Slot) -> Recipe:
         """How a slot is updated."""
@@ -273,9 +278,10 @@ class Step:
     @property
     def _matrices(self) -> Matrices:
         """The parameters that are worked on whole, with the ranks that do it."""
-        key = ("matrices", tuple(self._kind), tuple(self._kinds))
+        slots = [slot for slot in self._plan.slots if self.recipe_of(slot).whole and self._takes_part(slot)]
+        key = ("matrices", tuple(self._kind), tuple(self._kinds), tuple(slot.index for slot in slots))
         if key not in self._plan.memo:
-            self._plan.memo[key] = Matrices([slot for slot in self._plan.slots if updated(slot)], self.recipe_of)
+            self._plan.memo[key] = Matrices(slots, self.recipe_of, self._plan.owners_known)
         known: Matrices = self._plan.memo[key]
         return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from oput_dist.backends import BACKENDS
-from oput_dist.layout import reshard_fsdp2
+from oput_dist.layout import reshard_fsdp2, whole_or_local
 
+from .agree import gathered, joint_groups
 from .hyper import Check, check_group, signature_checks
 from .kept import Kept
 from .model import Model
@@ -21,7 +23,7 @@ from .plan import Plan
 from .recipe import Group, Recipe, Shape, as_scalar
 from .step import Outcome
 
-__all__ = ["Own", "Wrapper", "check_own", "inner_of", "wrappers_of"]
+__all__ = ["Own", "Wrapper", "check_no_closure", "check_own", "inner_of", "wrappers_of"]
 
 
 def inner_of(
@@ -99,6 +101,7 @@ class Wrapper(torch.optim.Optimizer):
         self._kept = Kept(owner, self.keeps)
         self._plan: Plan | None = None
         self.outcome: Outcome | None = None
+        self._begun = False
         self.__setstate__({"inner": inner, "defaults": inner.defaults})
         for group in inner.param_groups:
             self._complete(group)
@@ -216,12 +219,17 @@ class Wrapper(torch.optim.Optimizer):
             self.outcome = Outcome.SKIPPED
         else:
             self.outcome = Outcome.REHEARSED if rehearsed else Outcome.DONE
+        self._begun = True
         return result
 
     def rehearsing(self) -> bool:
         """Whether a step now may only be asked to create state, as torch.distributed.checkpoint does: a first one at
         lr 0, which the optimizers of this library tell from a warm-up."""
-        return not self.inner.state and all(as_scalar(group["lr"]) == 0 for group in self.param_groups)
+        if self._begun or self.inner.state or any(as_scalar(g["lr"]) != 0 for g in self.param_groups):
+            return False
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        zero = all(not bool(whole_or_local(gradient).any()) for gradient in gradients)
+        return gathered(zero, all, joint_groups(self.plan().slots))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -301,7 +309,7 @@ class Wrapper(torch.optim.Optimizer):
             },
         }
         self._kept.load(state_dict, self.param_groups, self.plan(), self._model, lambda: self.load_inner(rest))
-        self._plan = None
+        self._plan, self._begun = None, True
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -325,6 +333,13 @@ class Wrapper(torch.optim.Optimizer):
                 raise ValueError(
                     f"{owner}: the state dict has no {key!r}: give what state_dict() of an optimizer returned"
                 )
+        for entry in state_dict["state"].values():
+            for name in entry:
+                if name.startswith(f"{self.prefix}_") and name not in self.keeps:
+                    raise ValueError(
+                        f"{owner}: the state dict has {name!r}, which this {owner} does not keep: it was saved by one "
+                        "with other options; make it with the same"
+                    )
         for number, group in enumerate(state_dict["param_groups"]):
             for name in self._settings:
                 if name not in group:
@@ -343,6 +358,16 @@ class Wrapper(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} around {self.inner!r}"
+
+
+def check_no_closure(owner: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError for an optimizer whose step demands a closure: it would go through passes of its own."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{owner} cannot wrap {type(optimizer).__name__}, whose step needs a closure that it calls as it likes: "
+            f"wrap an optimizer whose step() takes gradients as they are, as torch.optim.SGD"
+        )
 
 
 def wrappers_of(optimizer: torch.optim.Optimizer) -> list[Wrapper]:

@@ -13,8 +13,17 @@ from .box import Box, boxes_of_range
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
-from .fsdp1 import Flat, Fragment, clean_name, data_groups_of_fsdp1, flattened_in, fsdp1_layouts, reshard_fsdp1
-from .fsdp2 import data_groups_of_fsdp2, managed_by_fsdp2, replaced_by_fsdp2, reshard_fsdp2
+from .fsdp1 import (
+    Flat,
+    Fragment,
+    clean_name,
+    data_groups_of_fsdp1,
+    flattened_in,
+    fsdp1_layouts,
+    reshard_fsdp1,
+    unreduced_by_fsdp1,
+)
+from .fsdp2 import data_groups_of_fsdp2, managed_by_fsdp2, replaced_by_fsdp2, reshard_fsdp2, unreduced_by_fsdp2
 from .partitioned import Partitioned
 from .plain import Plain
 
@@ -41,6 +50,8 @@ __all__ = [
     "reshard_fsdp1",
     "reshard_fsdp2",
     "same_order",
+    "unreduced_by_fsdp1",
+    "unreduced_by_fsdp2",
     "whole_or_local",
 ]
 

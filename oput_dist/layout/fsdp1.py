@@ -26,6 +26,7 @@ __all__ = [
     "flattened_in",
     "fsdp1_layouts",
     "reshard_fsdp1",
+    "unreduced_by_fsdp1",
 ]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -194,6 +195,11 @@ def data_groups_of_fsdp1(module: nn.Module) -> tuple[dist.ProcessGroup, ...]:
     for unit in FullyShardedDataParallel.fsdp_modules(module):
         return tuple(g for g in (getattr(unit, "_inter_node_pg", None), unit.process_group) if g is not None)
     return ()
+
+
+def unreduced_by_fsdp1(module: nn.Module) -> bool:
+    """Whether a module is inside of FSDP1's ``no_sync()``."""
+    return any(not unit._sync_gradients for unit in FullyShardedDataParallel.fsdp_modules(module))
 
 
 def reshard_fsdp1(module: nn.Module) -> None:

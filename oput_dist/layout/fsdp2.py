@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _composable_state
 
-__all__ = ["data_groups_of_fsdp2", "managed_by_fsdp2", "replaced_by_fsdp2", "reshard_fsdp2"]
+__all__ = ["data_groups_of_fsdp2", "managed_by_fsdp2", "replaced_by_fsdp2", "reshard_fsdp2", "unreduced_by_fsdp2"]
 
 
 def replaced_by_fsdp2(parameter: torch.Tensor) -> bool:
@@ -45,6 +45,15 @@ def data_groups_of_fsdp2(parameters: Iterable[torch.Tensor]) -> tuple[dist.Proce
             found = [getattr(group.mesh_info, kind, None) for kind in kinds]
             return tuple(one for one in found if one is not None)
     return ()
+
+
+def unreduced_by_fsdp2(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether ``set_requires_gradient_sync(False)`` is in force for some of these parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    return any(
+        not group.reduce_grads and any(id(parameter.sharded_param) in wanted for parameter in group.fsdp_params)
+        for group in _parameter_groups()
+    )
 
 
 def _parameter_groups() -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 from typing_extensions import Unpack
@@ -113,3 +114,12 @@ class AdaHessian(Curved):
 
     def weight(self, group: Group) -> float:
         return 1.0
+
+    def advance(self, group: dict[str, Any]) -> None:
+        if group["refreshes"] == 0 and group["steps_since_refresh"] == 0:
+            warnings.warn(
+                "AdaHessian stepped without an estimate of curvature, which it divides by: call "
+                "optimizer.refresh(lambda: loss_function(model(inputs), labels)) before step()",
+                stacklevel=6,
+            )
+        super().advance(group)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from oput_dist.curvature import Context, EmpiricalFisher, Estimator, GaussNewtonBartlett, Hutchinson
-from oput_dist.curvature.context import data_groups, undisturbed
+from oput_dist.curvature.context import check_averaged, data_groups, undisturbed
 from oput_dist.curvature.fold import cut, fold, spatial_means
 from oput_dist.engine import Common, Group, Optimizer, Params
 from oput_dist.engine.hyper import nearest
@@ -98,7 +98,8 @@ class Curved(Optimizer):
 
         Raises:
             TypeError, RuntimeError: for functions that return something else, or without a graph.
-            CurvatureError: where the model cannot be differentiated as the estimator needs it.
+            CurvatureError: where the model cannot be differentiated as the estimator needs it, or ranks do not average
+                gradients now (``no_sync``).
         """
         if not outputs or not all(callable(output) for output in outputs):
             what = "nothing was given" if not outputs else "a value was given"
@@ -110,6 +111,7 @@ class Curved(Optimizer):
             return False
         plan, whole = self._current_plan(), self._whole_plan()
         module = None if self._model is None else self._model.module
+        check_averaged([slot.parameter for slot in whole.owners], module)
         context = Context(
             whole,
             self._names(whole),

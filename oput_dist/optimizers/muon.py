@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, row_of
-from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, Positive, PositiveInteger, hyperparameters
+from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import (
+    Betas,
+    Check,
+    Fraction,
+    Nonnegative,
+    Positive,
+    PositiveInteger,
+    boolean,
+    hyperparameters,
+)
 from oput_dist.engine.split import Test
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.math import lerp
-from oput_dist.kernels.stage import Decay, Measure, Update
+from oput_dist.kernels.stage import Measure, Update
 from oput_dist.matrix.orthogonal import NEWTON_SCHULZ, Orthogonalize, polar_express
 
 from .adam import adam
@@ -37,7 +46,12 @@ def muon_nesterov(p, g, state, h):
 
 @rule
 def muon_apply(p, g, state, h):
-    return p - h.rate * state[1], ()
+    return (1.0 - h.rate_decay) * p - h.rate * state[1], ()
+
+
+@rule
+def muon_adam(p, g, state, h):
+    return adam((1.0 - h.decay) * p, g, state, h)
 
 
 class Muon(Optimizer):
@@ -68,7 +82,8 @@ class Muon(Optimizer):
             ``"match_rms_adamw"``: :math:`0.2 \sqrt{\max(rows, columns)}`, so that AdamW's learning rate and decay
             serve; None: 1. Default original.
         eps: the least norm that a matrix is divided by, > 0. Default 1e-7.
-        adam_lr: learning rate of AdamW for the other parameters; ``lr`` if None. Default None.
+        adam_factor: learning rate of AdamW for the other parameters, as a factor of ``lr``, so that one schedule serves
+            both; >= 0. Default 1.
         betas: of AdamW, each in [0, 1). Default (0.9, 0.95).
         adam_eps: of AdamW, >= 0. Default 1e-8.
         ns_dtype: ``"bfloat16"``, ``"float32"`` or ``"float64"``, to iterate in; None: bfloat16 on GPUs, else the
@@ -82,10 +97,12 @@ class Muon(Optimizer):
 
     Sharding class M: matrices to their owners and back. State: 4 bytes per parameter (fp32) of matrices, 8 of others.
 
-    When: hidden layers of transformers. Start: ``lr=0.02``, ``adam_lr=3e-3``.
+    When: hidden layers of transformers. Start: ``lr=0.02``, ``adam_factor=0.15``.
 
     Paper: Jordan et al., https://kellerjordan.github.io/posts/muon/; Liu et al., https://arxiv.org/abs/2502.16982.
     """
+
+    checks: ClassVar[dict[str, Check]] = {MATRIX: boolean}
 
     def __init__(
         self,
@@ -98,7 +115,7 @@ class Muon(Optimizer):
         polar_express: bool = False,
         adjust_lr: Literal["original", "match_rms_adamw"] | None = "original",
         eps: Positive = 1e-7,
-        adam_lr: Nonnegative | None = None,
+        adam_factor: Nonnegative = 1.0,
         betas: Betas = (0.9, 0.95),
         adam_eps: Nonnegative = 1e-8,
         ns_dtype: Literal["bfloat16", "float32", "float64"] | None = None,
@@ -108,19 +125,25 @@ class Muon(Optimizer):
         if isinstance(params, nn.Module):
             common.setdefault("module", params)
         defaults = hyperparameters(locals(), "matrix_params")
-        super().__init__(routed(params, matrix_params), {**defaults, MATRIX: True}, common)
+        super().__init__(routed(params, matrix_params, common.get("module")), {**defaults, MATRIX: True}, common)
 
     def recipe(self, group: Group, shape: Shape) -> Recipe:
-        if not group[MATRIX] or len(shape) < 2:
-            return Recipe((Update(adam),), ("exp_avg", "exp_avg_sq"), Decay.SHRINK)
+        if not group[MATRIX] or len(shape) < 2 or 0 in shape:
+            return Recipe((Update(muon_adam),), ("exp_avg", "exp_avg_sq"))
         steps = group["ns_steps"]
         coefficients = polar_express(steps) if group["polar_express"] else (NEWTON_SCHULZ,) * steps
         dtype = None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"])
         whole = Orthogonalize(coefficients, group["eps"], group["adjust_lr"], dtype)
         first = Measure(muon_nesterov if group["nesterov"] else muon_momentum, ())
-        return Recipe((first, Update(muon_apply)), ("momentum_buffer",), Decay.SHRINK, whole=whole)
+        return Recipe((first, Update(muon_apply)), ("momentum_buffer",), whole=whole)
 
     def scalars(self, group: Group, step: int) -> Any:
-        lr = group["lr"] if group["adam_lr"] is None else group["adam_lr"]
-        adam_row = adam_scalars({**group, "lr": lr, "eps": group["adam_eps"]}, step)
-        return row_of(**adam_row, rate=group["lr"], weight=1 - group["momentum"], momentum=group["momentum"])
+        lr = group["lr"] * group["adam_factor"]
+        return row_of(
+            **adam_scalars({**group, "lr": lr, "eps": group["adam_eps"]}, step),
+            decay=decay_rate(group) if group["decouple_lr"] else lr * group["weight_decay"],
+            rate=group["lr"],
+            rate_decay=decay_rate(group),
+            weight=1 - group["momentum"],
+            momentum=group["momentum"],
+        )

@@ -26,11 +26,11 @@ def is_hidden_matrix(name: str, layer: nn.Module | None, axes: int) -> bool:
         layer: the module that it belongs to, None if that is not known.
         axes: of its original shape.
     """
-    words = name.split(".")
-    return axes >= 2 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag) and not set(words) & set(HEADS)
+    of_layer = name.split(".")[-2:-1]
+    return axes >= 2 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag) and not set(of_layer) & set(HEADS)
 
 
-def routed(params: Params, matrix_params: Test | None) -> Any:
+def routed(params: Params, matrix_params: Test | None, module: nn.Module | None = None) -> Any:
     """Parameter groups by kind, where names or layers tell kinds apart.
 
     Groups that are given stay as they are, and bare parameters are one group: in a group that does not say, matrices
@@ -38,6 +38,7 @@ def routed(params: Params, matrix_params: Test | None) -> Any:
 
     Args:
         params: a module, parameters, named parameters, or groups.
+        module: the module of the parameters, where it is known.
         matrix_params: tells matrices apart, see :data:`oput_dist.engine.split.Test`; None for :func:`is_hidden_matrix`.
 
     Raises:
@@ -51,11 +52,11 @@ def routed(params: Params, matrix_params: Test | None) -> Any:
         return params  # which no optimizer takes, and says so
     if not isinstance(params, nn.Module):
         entries: list[Any] = list(params)
-        bare = matrix_params is None and not any(isinstance(entry, tuple) for entry in entries)
+        bare = matrix_params is None and module is None and not any(isinstance(entry, tuple) for entry in entries)
         if bare or any(isinstance(entry, dict) for entry in entries):
             return entries
         params = entries
-    matrices, others = split(params, matrix_params or is_hidden_matrix, "whether they are matrices")
+    matrices, others = split(params, matrix_params or is_hidden_matrix, "whether they are matrices", module)
     if not matrices and matrix_params is not None:
         raise ValueError(
             "matrix_params says of no parameter that it is a matrix: it is called as matrix_params(name, layer, axes), "

@@ -11,7 +11,7 @@ import torch
 from oput_dist.engine import Group, Optimizer
 from oput_dist.engine.plan import parameter_name
 from oput_dist.engine.saved import WHOLE_KEY
-from oput_dist.engine.wrapper import Wrapper
+from oput_dist.engine.wrapper import Wrapper, check_no_closure
 
 from .lookahead import refuse_second_iterate
 
@@ -86,6 +86,7 @@ def check_pair(magnitude: Any, direction: Any) -> None:
                 f"AdaGraft: the {role} optimizer is wrapped by {kind}, which would see steps that are not made: wrap "
                 f"AdaGraft instead: {kind}(AdaGraft(magnitude, direction))"
             )
+        check_no_closure("AdaGraft", optimizer)
         refuse_second_iterate("AdaGraft", optimizer)
         check_decay(role, optimizer)
     if magnitude is direction:

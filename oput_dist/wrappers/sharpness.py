@@ -14,7 +14,7 @@ from torch import nn
 from oput_dist.engine import Params
 from oput_dist.engine.hyper import boolean, check_group
 from oput_dist.engine.step import Outcome
-from oput_dist.engine.wrapper import inner_of, wrappers_of
+from oput_dist.engine.wrapper import check_no_closure, inner_of, wrappers_of
 from oput_dist.layout import is_flattened, whole_or_local
 
 from .perturb import FirstPass, Perturbing
@@ -57,6 +57,7 @@ class SharpnessAware(Perturbing):
                     f"{owner}: the optimizer is wrapped by {type(other).__name__} already, and either makes a second "
                     f"pass: wrap what is inside, {owner}(optimizer.inner)"
                 )
+        check_no_closure(owner, inner)
         counted = {"steps": 0} if self.counts else {}
         super().__init__(inner, {**settings, **counted}, module)
         self._local, self._skip = local, skip_nonfinite
@@ -166,6 +167,7 @@ class SharpnessAware(Perturbing):
         Raises:
             RuntimeError: without a first step.
         """
+        self._opt_called = True  # as step() does: schedulers look for it
         if self._first is None and self.needs_second_pass:
             raise RuntimeError(f"{type(self).__name__}.second_step() was called without first_step(): {_USAGE}")
         first = self._first

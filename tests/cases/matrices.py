@@ -14,7 +14,7 @@ CASES: list[Case] = [
     Case(
         "muon polar express",
         "oput_dist.Muon",
-        {"lr": 0.1, "polar_express": True, "nesterov": False, "adjust_lr": "match_rms_adamw", "adam_lr": 0.05},
+        {"lr": 0.1, "polar_express": True, "nesterov": False, "adjust_lr": "match_rms_adamw", "adam_factor": 0.5},
         {"lr": 0.2, "ns_steps": 8, "adjust_lr": None},
         exact=False,
         partly=False,
@@ -22,7 +22,7 @@ CASES: list[Case] = [
 ]
 MUON: list[dict[str, Any]] = [
     {"lr": 0.02},
-    {"lr": 0.02, "momentum": 0.8, "nesterov": False, "adjust_lr": None, "adam_lr": 0.01, "betas": (0.5, 0.8)},
+    {"lr": 0.02, "momentum": 0.8, "nesterov": False, "adjust_lr": None, "adam_factor": 0.4, "betas": (0.5, 0.8)},
     {"lr": 0.02, "polar_express": True, "ns_steps": 7, "adjust_lr": "match_rms_adamw", "weight_decay": 0.3},
 ]
 ORACLES = [Oracle(oput.Muon, options, muon, limit=1e-13) for options in MUON]  # norms and products in another order

@@ -29,16 +29,18 @@ def muon(
     ns_steps: int = 5,
     polar_express: bool = False,
     adjust_lr: str | None = "original",
-    adam_lr: float | None = None,
+    adam_factor: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> None:
-    p.mul_(1 - lr * weight_decay)
     if p.ndim < 2:
+        lr = lr * adam_factor
+        p.mul_(1 - lr * weight_decay)
         memory["m"] = betas[0] * memory.get("m", 0.0) + (1 - betas[0]) * g
         memory["v"] = betas[1] * memory.get("v", 0.0) + (1 - betas[1]) * g**2
         root = (memory["v"] / (1 - betas[1] ** t)).sqrt() + 1e-8
-        p.sub_((adam_lr or lr) * memory["m"] / (1 - betas[0] ** t) / root)
+        p.sub_(lr * memory["m"] / (1 - betas[0] ** t) / root)
         return
+    p.mul_(1 - lr * weight_decay)
     memory["m"] = momentum * memory.get("m", 0.0) + (1 - momentum) * g
     x = (1 - momentum) * g + momentum * memory["m"] if nesterov else memory["m"]
     x = x.reshape(len(x), -1) / x.norm()
