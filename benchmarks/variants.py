@@ -130,7 +130,8 @@ class Variant:
             for number, stage in enumerate(recipe.stages):
                 boxed = _boxed(recipe, number, shape) if recipe.boxed(number) else None
                 width = 0 if boxed else recipe.width(number)
-                yield Program(stage, prologue_of(recipe, group), kind, width, scaled, len(recipe.state), boxed)
+                states = len(recipe.state) + (recipe.whole is not None)
+                yield Program(stage, prologue_of(recipe, group), kind, width, scaled, states, boxed)
 
 
 def _boxed(recipe: Recipe, number: int, shape: tuple[int, ...]) -> Boxed:
