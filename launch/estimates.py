@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import oput_dist as oput
 from launch.errors import UsageError
 
-PART = 4
+PART = 8
 """An estimate takes one of so many sequences of the batch: it is an average over many steps."""
 
 
