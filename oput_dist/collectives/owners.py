@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class Owners:
             parts: list[list[int]] = []
             room = 0
             for i in own:
-                size = _numel(self._matrices[i].shape) * itemsize
+                size = prod(self._matrices[i].shape) * itemsize
                 if not parts or size > room:
                     parts.append([])
                     room = WAVE_BYTES
@@ -147,7 +148,7 @@ class _Gather:
     """Pieces of one wave on their way to the owners."""
 
     def __init__(self, owners: Owners, wave: Sequence[int], pieces: Sequence[torch.Tensor]) -> None:
-        self._owners, self._wave = owners, wave
+        self._owners = owners
         rank, ranks = owners._rank, owners.ranks
         sent = [[i for i in wave if owners.owners[i] == to and rank in owners._sends[i]] for to in range(ranks)]
         self._coming = [
@@ -233,10 +234,3 @@ def _first_holders(pieces: Sequence[tuple[int, list[Any]]]) -> set[int]:
             seen.add(place)
             found.add(rank)
     return found
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

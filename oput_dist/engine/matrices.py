@@ -19,20 +19,20 @@ __all__ = ["Matrices", "sharing_group"]
 
 
 class Matrices:
-    """The slots whose recipe has work on whole matrices. Static: made from metadata only, by all ranks.
+    """Slots whose recipe has work on whole matrices. Static: made from metadata only, by all ranks.
 
     Args:
-        slots: of all parameters that steps update.
+        slots: that have such work and take part in the step.
         recipe_of: the recipe of a slot.
         known: plans of owners that were made before, by what they were made from. To make one, ranks exchange what they
             hold; one rank alone may come here again, as after its parameters moved in memory, and must find it here.
     """
 
     def __init__(self, slots: Sequence[Slot], recipe_of: Callable[[Slot], Recipe], known: dict[object, Owners]) -> None:
-        self.slots = [slot for slot in slots if recipe_of(slot).whole is not None]
+        self._slots = slots
         families: dict[object, list[Slot]] = {}
         groups: dict[object, dist.ProcessGroup | None] = {}
-        for slot in self.slots:
+        for slot in slots:
             group = sharing_group(slot.name, slot.layout)
             ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
             key: object = (ranks, compute_dtype(slot.dtype), slot.device if group is None else slot.device.type)
@@ -46,6 +46,13 @@ class Matrices:
                 known[made_from] = Owners(matrices, groups[key], _width(members[0]))
             self._families.append((members, known[made_from]))
 
+    def scratch(self) -> dict[int, tuple[torch.Tensor]]:
+        """Memory for this rank's pieces of what is worked on, by number of the slot: zeros, where no gradient is."""
+        return {
+            slot.index: (torch.zeros(slot.numel, dtype=compute_dtype(slot.dtype), device=slot.device),)
+            for slot in self._slots
+        }
+
     def run(self, memory: Mapping[int, torch.Tensor]) -> None:
         """Replace what every slot has by its piece of what is made of the whole. Every rank must call it.
 
@@ -54,11 +61,6 @@ class Matrices:
         """
         for slots, owners in self._families:
             owners.run([memory[slot.index] for slot in slots])
-
-    @property
-    def owners(self) -> list[tuple[list[Slot], Owners]]:
-        """The slots that the same ranks share, with the plan of who works on which."""
-        return self._families
 
 
 def _matrix(slot: Slot, recipe: Recipe) -> Matrix:

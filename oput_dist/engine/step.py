@@ -135,7 +135,8 @@ class Step:
     def run(self) -> Outcome:
         """Run it: checks first, so that nothing has changed when one of them raises."""
         self._plan.settle_gradients()
-        slots = [slot for slot in self._plan.slots if self._takes_part(slot)]
+        matrices = self._matrices()
+        slots = [slot for slot in self._plan.slots if updated(slot) and (matrices is None or self._takes_part(slot))]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
         rehearsed = self._rehearsal(gradients)
         if rehearsed:
@@ -148,19 +149,19 @@ class Step:
         scale = self._scale(active)
         if scale is None:
             return Outcome.SKIPPED
-        scratch = self._scratch()
+        scratch = {} if matrices is None else matrices.scratch()
         state = {slot: (*self._state_of(slot), *scratch.get(slot.index, ())) for slot in present}
         self._steps = dict(zip(present, self._plan.next_counts(present, self.state), strict=True))
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
-        self._run_stages(buckets, scratch)
+        self._run_stages(buckets, matrices, scratch)
         finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
 
     def _takes_part(self, slot: Slot) -> bool:
-        """Whether a parameter takes part in this step. One that is worked on whole does not while it is frozen, even
-        with an old gradient: which ranks work on it must be known on all of them."""
-        return updated(slot) and (self.recipe_of(slot).whole is None or slot.parameter.requires_grad)
+        """Whether a parameter takes part in a step of matrices. One that is worked on whole does not while it is
+        frozen, even with an old gradient: which ranks work on it must be known on all of them."""
+        return self.recipe_of(slot).whole is None or slot.parameter.requires_grad
 
     def recipe_of(self, slot: Slot) -> Recipe:
         """How a slot is updated."""
@@ -270,30 +271,29 @@ class Step:
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         return Scalars(type(named[0]), values, which, slots[0].device)
 
-    def _scratch(self) -> dict[int, tuple[torch.Tensor]]:
-        """Memory for this rank's piece of what is worked on whole, by number of the slot; zero where no gradient is."""
-        slots = self._matrices.slots
-        return {s.index: (torch.zeros(s.numel, dtype=compute_dtype(s.dtype), device=s.device),) for s in slots}
-
-    @property
-    def _matrices(self) -> Matrices:
-        """The parameters that are worked on whole, with the ranks that do it."""
-        slots = [slot for slot in self._plan.slots if self.recipe_of(slot).whole and self._takes_part(slot)]
+    def _matrices(self) -> Matrices | None:
+        """The parameters that are worked on whole, with the ranks that do it; None without any."""
+        if not any(recipe.whole is not None for recipe, _ in self._kinds):
+            return None
+        wholes = [slot for slot in self._plan.slots if self.recipe_of(slot).whole is not None]
+        slots = [slot for slot in wholes if updated(slot) and self._takes_part(slot)]
         key = ("matrices", tuple(self._kind), tuple(self._kinds), tuple(slot.index for slot in slots))
         if key not in self._plan.memo:
             self._plan.memo[key] = Matrices(slots, self.recipe_of, self._plan.owners_known)
         known: Matrices = self._plan.memo[key]
         return known
 
-    def _run_stages(self, buckets: Sequence[_Bucket], scratch: dict[int, tuple[torch.Tensor]]) -> None:
+    def _run_stages(
+        self, buckets: Sequence[_Bucket], matrices: Matrices | None, scratch: dict[int, tuple[torch.Tensor]]
+    ) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
         between = Between(self)
         between.give_stored(self._families_of_stored())
         for number in range(max((len(recipe.stages) for recipe, _ in self._kinds), default=0)):
             boundaries = self._boundaries(number)
             tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
-            if number == 1:
-                self._matrices.run({index: memory for index, (memory,) in scratch.items()})
+            if number == 1 and matrices is not None:
+                matrices.run({index: memory for index, (memory,) in scratch.items()})
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
                     self._run_stage(number, bucket, between, boundaries, tables)
