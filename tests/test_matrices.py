@@ -44,9 +44,9 @@ def worked_on_rank() -> tuple[int, int, list[Tensor]]:
     counted, sent = [], []
     call, exchange = Orthogonalize.__call__, owners_module._all_to_all
 
-    def counting(self: Orthogonalize, stacked: Tensor) -> Tensor:
+    def counting(self: Orthogonalize, stacked: Tensor, *more: Any) -> Tensor:
         counted.append(len(stacked))
-        return call(self, stacked)
+        return call(self, stacked, *more)
 
     def measuring(output: Tensor, given: Tensor, sizes: list[int], sizes_in: list[int], **more: Any) -> Any:
         sent.append(sum(size for rank, size in enumerate(sizes_in) if rank != dist.get_rank()))
@@ -114,7 +114,7 @@ def test_nan_in_one_matrix_leaves_others_alone_and_empty_ones_are_no_trouble() -
 def test_frozen_matrices_are_not_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
     call = Orthogonalize.__call__
-    monkeypatch.setattr(Orthogonalize, "__call__", lambda self, x: (counted.append(len(x)), call(self, x))[1])
+    monkeypatch.setattr(Orthogonalize, "__call__", lambda self, x, *more: (counted.append(len(x)), call(self, x, *more))[1])
     params = [nn.Parameter(torch.eye(3), requires_grad=i == 0) for i in range(5)]
     params[0].grad = torch.eye(3)
     oput.Muon(params, lr=0.1).step()

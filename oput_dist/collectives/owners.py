@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,16 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["WAVE_BYTES", "Matrix", "Owners", "assigned"]
+__all__ = ["WAVE_BYTES", "Matrix", "Owners", "Wholes", "assigned"]
 
 WAVE_BYTES = 64 * 2**20
 """Bytes of matrices that a rank works on at a time, or one matrix; as much again is sent and received."""
 
 _all_to_all = dist.all_to_all_single
 
-
-Work = Callable[[torch.Tensor], torch.Tensor]
-"""``[n, *shape]`` of some matrices to the same shape."""
+Wholes = dict[int, torch.Tensor]
+"""Matrices by their numbers."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,45 @@ class Matrix:
     """What is known of a matrix before there is any data."""
 
     shape: tuple[int, ...]
-    """Of the whole: two axes, or more."""
+    """Of the whole."""
     cost: float
-    """Estimated time of the work on it, in any unit."""
+    """What its owner has to bear, in any unit."""
     boxes: Sequence[Any]
-    """What this rank holds of it, as dense rectangles of its flat piece: each with ``start``, ``shape``, ``index`` and
-    ``strides``. Nothing for an empty piece."""
-    numel: int
-    """Elements of this rank's piece."""
-    work: Work
-    """What is done with it: equal for matrices that may be worked on together."""
+    """What this rank holds of it, as rectangles in the flat piece that it is a part of: each with ``start``, ``shape``,
+    ``strides``, and ``index`` in the matrix. Nothing if this rank has nothing of it."""
+    piece: int
+    """Number of that flat piece."""
 
 
-def assigned(costs: Sequence[float], ranks: int) -> list[int]:
-    """An owner for each matrix: the dearest first, each to the rank that has least to do (the lowest, if several)."""
-    load, owners = [0.0] * ranks, [0] * len(costs)
+def assigned(costs: Sequence[float], ranks: int, settled: Mapping[int, int] | None = None) -> list[int]:
+    """An owner for each matrix: the dearest first, each to the rank that has least to do (the lowest, if several).
+
+    Args:
+        costs: of each matrix.
+        ranks: how many there are.
+        settled: matrices that have an owner already.
+    """
+    settled = settled or {}
+    owners = [settled.get(i, 0) for i in range(len(costs))]
+    load = [0.0] * ranks
+    for i, owner in settled.items():
+        load[owner] += costs[i]
+    heap = [(own, rank) for rank, own in enumerate(load)]
+    heapq.heapify(heap)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[i] = min(range(ranks), key=lambda rank: (load[rank], rank))
-        load[owners[i]] += costs[i]
+        if i not in settled:
+            own, owners[i] = heap[0]
+            heapq.heapreplace(heap, (own + costs[i], owners[i]))
     return owners
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank holds of a matrix, in the order in which it travels."""
+
+    numel: int
+    parts: tuple[tuple[tuple[int, ...], Any], ...]
+    """Shape, and index in the matrix, of each rectangle."""
 
 
 class Owners:
@@ -57,20 +77,27 @@ class Owners:
         matrices: the same on all ranks, but for what each holds.
         group: the ranks; None for this one alone.
         itemsize: of an element that travels.
+        settled: matrices that have an owner already, the same on all ranks.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], group: dist.ProcessGroup | None, itemsize: int) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        group: dist.ProcessGroup | None,
+        itemsize: int,
+        settled: Mapping[int, int] | None = None,
+    ) -> None:
         self._matrices, self._group = matrices, group
-        self._rank = 0 if group is None else dist.get_rank(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
         ranks = 1 if group is None else dist.get_world_size(group)
-        own = [(matrix.numel, [_plain(box) for box in matrix.boxes]) for matrix in matrices]
+        own = [_share(matrix) for matrix in matrices]
         held: list[Any] = [own]
         if group is not None:
             held = [None] * ranks
             dist.all_gather_object(held, own, group=group)
-        self._held: list[list[tuple[int, list[Any]]]] = held
-        self.owners = assigned([matrix.cost for matrix in matrices], ranks)
-        self._sends = [_first_holders([rank[i] for rank in held]) for i in range(len(matrices))]
+        self._held: list[list[_Share]] = held
+        self.owners = assigned([matrix.cost for matrix in matrices], ranks, settled)
+        self._senders = [_first_holders([rank[i] for rank in held]) for i in range(len(matrices))]
         self._waves = self._cut_into_waves(itemsize)
 
     @property
@@ -96,52 +123,85 @@ class Owners:
         count = max((len(parts) for parts in queues), default=0)
         return [[i for parts in queues if w < len(parts) for i in parts[w]] for w in range(count)]
 
-    def run(self, pieces: Sequence[torch.Tensor]) -> None:
+    def run(
+        self, pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes], active: Collection[int] | None = None
+    ) -> None:
         """Replace every piece by that of what is made of the whole matrix. All ranks of the group must call it.
 
         The next wave's pieces travel while a wave is worked on.
 
         Args:
-            pieces: this rank's, flat, one for each matrix, of one dtype and device.
+            pieces: this rank's, flat, of one dtype and device.
+            work: makes, of matrices that this rank owns, others of the same numbers and shapes.
+            active: the matrices to work on, the same on all ranks; None for all.
         """
+        waves = [wave if active is None else [i for i in wave if i in active] for wave in self._waves]
         if self._group is None:
-            for wave in self._waves:
-                wholes = {i: self._whole(pieces[i], self._held[0][i][1], i) for i in wave}
-                for i, result in self._worked_on(wholes).items():
-                    self._cut(result, self._held[0][i][1], pieces[i])
+            for wave in waves:
+                for i, result in work({i: self._local(pieces, i) for i in wave}).items():
+                    self.write(pieces, i, self._cut(result, 0, i))
             return
-        coming = [_Gather(self, wave, pieces) for wave in self._waves[:1]]
+        coming = [_Gather(self, wave, pieces) for wave in waves[:1]]
         leaving: list[_Scatter] = []
-        for w, wave in enumerate(self._waves):  # the same number on all ranks
-            coming += [_Gather(self, following, pieces) for following in self._waves[w + 1 : w + 2]]
-            results = self._worked_on(coming.pop(0).wholes())
+        for w, wave in enumerate(waves):  # the same number on all ranks
+            coming += [_Gather(self, following, pieces) for following in waves[w + 1 : w + 2]]
+            results = work(coming.pop(0).wholes())
             for last in leaving:
                 last.finish()
             leaving = [_Scatter(self, wave, results, pieces)]
         for last in leaving:
             last.finish()
 
-    def _worked_on(self, wholes: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The results by number, in the order of the numbers; matrices of one shape and kind are worked on together."""
-        alike: dict[Any, list[int]] = {}
-        for i in wholes:
-            alike.setdefault((tuple(self._matrices[i].shape), self._matrices[i].work), []).append(i)
-        found: dict[int, torch.Tensor] = {}
-        for (_, work), numbers in alike.items():
-            found.update(zip(numbers, work(torch.stack([wholes.pop(i) for i in numbers])), strict=True))
-        return {i: found[i] for i in sorted(found)}
+    def collect(self, pieces: Sequence[torch.Tensor]) -> Wholes:
+        """The matrices that this rank owns, put together from all ranks' pieces. All ranks must call it."""
+        if self._group is None:
+            return {i: self._local(pieces, i) for i in range(len(self._matrices))}
+        return _Gather(self, range(len(self._matrices)), pieces).wholes()
 
-    def _whole(
-        self, piece: torch.Tensor, boxes: Sequence[Any], i: int, into: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        whole = piece.new_empty(self._matrices[i].shape) if into is None else into
-        for start, shape, index, strides in boxes:
-            whole[index] = piece.as_strided(shape, strides, piece.storage_offset() + start)
+    def spread(self, wholes: Wholes, pieces: Sequence[torch.Tensor]) -> None:
+        """Write to all ranks' pieces what owners have. All ranks must call it."""
+        if self._group is None:
+            for i, whole in wholes.items():
+                self.write(pieces, i, self._cut(whole, 0, i))
+        else:
+            _Scatter(self, range(len(self._matrices)), wholes, pieces).finish()
+
+    def _local(self, pieces: Sequence[torch.Tensor], i: int) -> torch.Tensor:
+        """A matrix that is all here: a view where it can be one."""
+        matrix = self._matrices[i]
+        if len(matrix.boxes) == 1 and tuple(matrix.boxes[0].shape) == matrix.shape:
+            return _view(pieces[matrix.piece], matrix.boxes[0])
+        return self.put_together(self.packed(pieces, [i]), 0, i)
+
+    def packed(self, pieces: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+        """What this rank holds of some matrices, one after the other."""
+        parts = []
+        for i in numbers:
+            matrix = self._matrices[i]
+            parts += [_view(pieces[matrix.piece], box).reshape(-1) for box in matrix.boxes]
+        return torch.cat(parts) if parts else pieces[0].new_empty(0)
+
+    def put_together(self, share: torch.Tensor, rank: int, i: int, whole: torch.Tensor | None = None) -> torch.Tensor:
+        """A matrix with what a rank sent of it filled in."""
+        whole = share.new_empty(self._matrices[i].shape) if whole is None else whole
+        at = 0
+        for shape, index in self._held[rank][i].parts:
+            whole[index] = share[at : at + prod(shape)].view(shape)
+            at += prod(shape)
         return whole
 
-    def _cut(self, whole: torch.Tensor, boxes: Sequence[Any], piece: torch.Tensor) -> None:
-        for start, shape, index, strides in boxes:
-            piece.as_strided(shape, strides, piece.storage_offset() + start).copy_(whole[index])
+    def _cut(self, whole: torch.Tensor, rank: int, i: int) -> torch.Tensor:
+        """What a rank is to have of a matrix, flat."""
+        parts = [whole[index].reshape(-1) for _, index in self._held[rank][i].parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else whole.new_empty(0)
+
+    def write(self, pieces: Sequence[torch.Tensor], i: int, share: torch.Tensor) -> None:
+        """Write what this rank is to have of a matrix to its piece."""
+        at, matrix = 0, self._matrices[i]
+        for box in matrix.boxes:
+            size = prod(box.shape)
+            _view(pieces[matrix.piece], box).copy_(share[at : at + size].view(box.shape))
+            at += size
 
 
 class _Gather:
@@ -149,60 +209,56 @@ class _Gather:
 
     def __init__(self, owners: Owners, wave: Sequence[int], pieces: Sequence[torch.Tensor]) -> None:
         self._owners = owners
-        rank, ranks = owners._rank, owners.ranks
-        sent = [[i for i in wave if owners.owners[i] == to and rank in owners._sends[i]] for to in range(ranks)]
-        self._coming = [
-            [i for i in wave if owners.owners[i] == rank and source in owners._sends[i]] for source in range(ranks)
+        rank, held = owners.rank, owners._held
+        sent = [
+            [i for i in wave if owners.owners[i] == to and rank in owners._senders[i]] for to in range(owners.ranks)
         ]
-        sizes = [sum(owners._held[source][i][0] for i in numbers) for source, numbers in enumerate(self._coming)]
-        packed = _packed([pieces[i] for numbers in sent for i in numbers], pieces[0])
-        self._received = packed.new_empty(sum(sizes))
-        self._sizes = sizes
+        self._coming = [
+            [i for i in wave if owners.owners[i] == rank and source in owners._senders[i]]
+            for source in range(owners.ranks)
+        ]
+        self._sizes = [sum(held[source][i].numel for i in numbers) for source, numbers in enumerate(self._coming)]
+        self._packed = owners.packed(pieces, [i for numbers in sent for i in numbers])  # until it has been sent
+        self._received = self._packed.new_empty(sum(self._sizes))
         self._work = _all_to_all(
             self._received,
-            packed,
-            sizes,
-            [sum(pieces[i].numel() for i in numbers) for numbers in sent],
+            self._packed,
+            self._sizes,
+            [sum(held[rank][i].numel for i in numbers) for numbers in sent],
             group=owners._group,
             async_op=True,
         )
-        self._packed = packed  # until it has been sent
 
-    def wholes(self) -> dict[int, torch.Tensor]:
+    def wholes(self) -> Wholes:
         """The matrices of this rank, by number."""
         self._work.wait()
-        found: dict[int, torch.Tensor] = {}
+        found: Wholes = {}
         for source, (share, numbers) in enumerate(
             zip(self._received.split(self._sizes), self._coming, strict=True)  # type: ignore[no-untyped-call]
         ):
             at = 0
             for i in numbers:
-                numel, boxes = self._owners._held[source][i]
-                found[i] = self._owners._whole(share[at : at + numel], boxes, i, found.get(i))
+                numel = self._owners._held[source][i].numel
+                found[i] = self._owners.put_together(share[at : at + numel], source, i, found.get(i))
                 at += numel
-        return found
+        return {i: found[i] for i in sorted(found)}
 
 
 class _Scatter:
     """Results of one wave on their way back."""
 
-    def __init__(
-        self, owners: Owners, wave: Sequence[int], results: dict[int, torch.Tensor], pieces: Sequence[torch.Tensor]
-    ) -> None:
-        self._pieces = pieces
-        rank, ranks, held = owners._rank, owners.ranks, owners._held
-        shares, sent = [], []
-        for to in range(ranks):
-            numbers = [i for i in results if held[to][i][0]]
-            for i in numbers:
-                shares.append(pieces[0].new_empty(held[to][i][0]))
-                owners._cut(results[i], held[to][i][1], shares[-1])
-            sent.append(sum(held[to][i][0] for i in numbers))
+    def __init__(self, owners: Owners, wave: Sequence[int], results: Wholes, pieces: Sequence[torch.Tensor]) -> None:
+        self._owners, self._pieces = owners, pieces
+        rank, held = owners.rank, owners._held
+        numbers = sorted(results)
+        shares = [owners._cut(results[i], to, i) for to in range(owners.ranks) for i in numbers]
+        sent = [sum(held[to][i].numel for i in numbers) for to in range(owners.ranks)]
         self._coming = [
-            sorted(i for i in wave if owners.owners[i] == source and held[rank][i][0]) for source in range(ranks)
+            sorted(i for i in wave if owners.owners[i] == source and held[rank][i].numel)
+            for source in range(owners.ranks)
         ]
-        sizes = [sum(held[rank][i][0] for i in numbers) for numbers in self._coming]
-        self._packed = _packed(shares, pieces[0])
+        sizes = [sum(held[rank][i].numel for i in coming) for coming in self._coming]
+        self._packed = torch.cat(shares) if shares else pieces[0].new_empty(0)
         self._received = self._packed.new_empty(sum(sizes))
         self._work = _all_to_all(self._received, self._packed, sizes, sent, group=owners._group, async_op=True)
 
@@ -212,25 +268,27 @@ class _Scatter:
         at = 0
         for numbers in self._coming:
             for i in numbers:
-                self._pieces[i].copy_(self._received[at : at + self._pieces[i].numel()])
-                at += self._pieces[i].numel()
+                numel = self._owners._held[self._owners.rank][i].numel
+                self._owners.write(self._pieces, i, self._received[at : at + numel])
+                at += numel
 
 
-def _packed(pieces: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    return torch.cat(list(pieces)) if pieces else like.new_empty(0)
+def _view(piece: torch.Tensor, box: Any) -> torch.Tensor:
+    return piece.as_strided(tuple(box.shape), tuple(box.strides), piece.storage_offset() + box.start)
 
 
-def _plain(box: Any) -> tuple[Any, ...]:
-    return box.start, tuple(box.shape), tuple(box.index), tuple(box.strides)
+def _share(matrix: Matrix) -> _Share:
+    parts = tuple((tuple(box.shape), tuple(box.index)) for box in matrix.boxes)
+    return _Share(sum(prod(shape) for shape, _ in parts), parts)
 
 
-def _first_holders(pieces: Sequence[tuple[int, list[Any]]]) -> set[int]:
+def _first_holders(shares: Sequence[_Share]) -> set[int]:
     """The ranks that send: of those that hold the same piece, the lowest."""
     seen: set[str] = set()
     found = set()
-    for rank, (numel, boxes) in enumerate(pieces):
-        place = repr([(shape, [str(part) for part in index]) for _, shape, index, _ in boxes])
-        if numel and place not in seen:
+    for rank, share in enumerate(shares):
+        place = repr([(shape, [str(part) for part in index]) for shape, index in share.parts])
+        if share.numel and place not in seen:
             seen.add(place)
             found.add(rank)
     return found

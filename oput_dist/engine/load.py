@@ -17,6 +17,8 @@ from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
 from .match import matched, owner_of
+from .matrices import matrices_of
+from .owned import kept_by
 from .plan import Plan
 from .recipe import Group, vector_shape
 from .saved import FORMAT, FORMAT_KEY, WHOLE_KEY
@@ -38,6 +40,8 @@ class _Entry:
     tensors: dict[str, torch.Tensor]
     vectors: dict[str, tuple[torch.Tensor, tuple[int, ...]]]
     """Each with the shape it must get."""
+    owned: dict[str, torch.Tensor]
+    """What owners of matrices keep, by key."""
     step: float | None
     """None where nothing of the parameter is on this rank, and so nothing was counted."""
 
@@ -65,9 +69,39 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
     for entry in entries:
         adopt(entry, state[entry.slot.parameter])
+    if optimizer.works_on_matrices():
+        _settle(optimizer, plan, groups, entries, state)
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         hook(optimizer)
+
+
+def _settle(
+    optimizer: Any,
+    plan: Plan,
+    groups: Sequence[Group],
+    entries: Sequence[_Entry],
+    state: defaultdict[torch.Tensor, dict[str, Any]],
+) -> None:
+    """Give what owners of matrices keep to the owners. Every rank must call it."""
+    matrices = matrices_of(plan, [optimizer.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
+    if matrices is None:
+        return
+    every = [(entry, owned) for entry in entries if (owned := matrices.owned(entry.slot)) is not None]
+
+    def check() -> tuple[None, str]:
+        for entry, owned in every:
+            for name in owned.names:
+                if entry.owned or entry.step:
+                    owned.check(entry.owned.get(entry.slot.key(name)), name)
+        return None, ""
+
+    agreed(check, joint_groups(plan.slots), owner_of(optimizer))
+    for entry, owned in every:
+        for name in owned.names:
+            value = entry.owned.get(entry.slot.key(name))
+            if value is not None and (mine := owned.adopt(value, name)) is not None:
+                state[entry.slot.parameter][entry.slot.key(name)] = mine
 
 
 def checked(
@@ -153,8 +187,9 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     shapes = {name: vector_shape(slot.layout.shape, axes) for name, axes in recipe.vectors}
     found = {name: value for name, value in found.items() if value is not None}
     wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
+    owned = {_key(slot, name, found): state.length for name, state in kept_by(recipe.whole, slot).items()}
     joint = len(source.slots) > 1
-    kept = _keys(optimizer, source.slots, group) if joint else {*wanted.values()}
+    kept = _keys(optimizer, source.slots, group) if joint else {*wanted.values(), *owned}
     for key in found.keys() - kept - {"step"}:
         if not source.own or key not in _once_kept(optimizer, group, slot):
             raise ValueError(f"{owner}: the state of {slot.name} has {key!r}, which this optimizer does not keep")
@@ -164,11 +199,14 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     for name, key in wanted.items():
         shape = shapes.get(name, slot.parameter.shape if joint else slot.layout.shape)
         _check_tensor(owner, slot, name, found[key], tuple(shape), name in shapes)
+    for key in owned.keys() & found.keys():
+        _check_owned(owner, slot, key, found[key], owned[key])
     return _Entry(
         slot,
         joint,
         {name: found[name] for name in recipe.state},
         {name: (found[wanted[name]], shape) for name, shape in shapes.items()},
+        {slot.key(_name(slot, key)): found[key] for key in owned.keys() & found.keys()},
         _step(optimizer, slot, found, group, source.whole),
     )
 
@@ -178,10 +216,16 @@ def _key(slot: Slot, name: str, found: Mapping[str, Any]) -> str:
     return slot.key(name) if slot.key(name) in found else name
 
 
+def _name(slot: Slot, key: str) -> str:
+    """The name of state that is not parameter-shaped, of its key."""
+    return key.removesuffix(f".{slot.layout.name}") if slot.shared else key
+
+
 def _keys(optimizer: Any, slots: Sequence[Slot], group: Group) -> set[str]:
     """The keys of the state that slots keep together in one flat parameter."""
     recipes = [(slot, optimizer.recipe(group, slot.layout.shape)) for slot in slots]
     vectors = {slot.key(name) for slot, recipe in recipes for name, _ in recipe.vectors}
+    vectors |= {slot.key(name) for slot, recipe in recipes for name in kept_by(recipe.whole, slot)}
     return vectors.union(*(recipe.state for _, recipe in recipes))
 
 
@@ -225,6 +269,16 @@ def _check_tensor(owner: str, slot: Slot, name: str, value: Any, shape: tuple[in
             raise ValueError(f"{owner}: {name!r} of {slot.name} is on {there}, but the parameter on {here}: {_REMEDY}")
 
 
+def _check_owned(owner: str, slot: Slot, name: str, value: Any, length: int) -> None:
+    """Whether a value may be what owners of matrices keep: of all blocks, or of those of one rank."""
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.dim() != 1:
+        raise ValueError(f"{owner}: {name!r} of {slot.name} must be a real tensor of one axis, but is {value!r:.60}")
+    if isinstance(value, DTensor) and value.numel() != length:
+        raise ValueError(
+            f"{owner}: {name!r} of {slot.name} has {value.numel()} elements where {length} are needed: {_REMEDY}"
+        )
+
+
 def _step(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, whole: bool) -> float | None:
     """The counter. torch's SGD keeps none: where all steps after the first are alike, one will do."""
     owner = owner_of(optimizer)
@@ -253,6 +307,11 @@ def _redistributed(entries: Iterable[_Entry]) -> str:
         for entry in entries
         for name, value in entry.tensors.items()
         if isinstance(value, DTensor) and not _in_place(entry.slot, value)
+    ) + ", ".join(
+        f"{key!r} of {entry.slot.name} spread over ranks"
+        for entry in entries
+        for key, value in sorted(entry.owned.items())
+        if isinstance(value, DTensor)
     )
 
 

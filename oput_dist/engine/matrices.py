@@ -1,82 +1,214 @@
-"""Parameters that are worked on whole: which ranks share them, and so which one works on each."""
+"""Parameters that are worked on whole: which ranks share them, and so which one works on each block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives import Matrix, Owners
-from oput_dist.layout import Layout, LayoutError
+from oput_dist.collectives.owners import Wholes
+from oput_dist.layout import Layout, LayoutError, within
+from oput_dist.matrix.work import Held, Turn, Work
 
-from .recipe import Recipe
+from .owned import Owned
+from .plan import Plan
+from .recipe import Group, Recipe
 from .slot import Slot
 
-__all__ = ["Matrices", "sharing_group"]
+__all__ = ["MATRIX_STEPS", "Matrices", "matrices_of", "sharing_group", "takes_part"]
+
+MATRIX_STEPS = "matrix_steps"
+"""The key of a parameter group that counts its steps, where work on matrices falls due at some of them."""
+
+State = MutableMapping[torch.Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A rectangle of a parameter, worked on by itself."""
+
+    slot: Slot
+    of_slot: int
+    """Its number among the blocks of the parameter."""
+    of_group: int
+    """Its number among those of the parameter group."""
+    index: tuple[slice, ...]
+    work: Work
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(part.stop - part.start for part in self.index)
+
+
+class _Family:
+    """Parameters whose blocks the same ranks share."""
+
+    def __init__(self, slots: Sequence[Slot], blocks: Sequence[_Block], owners: Owners, group: Any) -> None:
+        self.slots, self.blocks, self._owners = slots, blocks, owners
+        self.owned: dict[int, Owned] = {}
+        for slot in slots:
+            own = [(i, block) for i, block in enumerate(blocks) if block.slot is slot]
+            mine = {block.of_slot for i, block in own if owners.owners[i] == owners.rank}
+            if own:
+                self.owned[slot.index] = Owned(slot, own[0][1].work, mine, group)
+
+    def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
+        """See :meth:`Matrices.run`."""
+        held: dict[int, dict[int, dict[str, torch.Tensor]]] = {}
+
+        def work(wholes: Wholes) -> Wholes:
+            return {
+                i: result
+                for alike in self._alike(wholes)
+                for i, result in self._worked_on(alike, wholes, held, state, steps).items()
+            }
+
+        active = {i for i, block in enumerate(self.blocks) if block.slot.index in memory}
+        pieces = [memory.get(slot.index, slot.piece) for slot in self.slots]
+        self._owners.run(pieces, work, active if len(active) < len(self.blocks) else None)
+
+    def _alike(self, wholes: Wholes) -> list[list[int]]:
+        """The matrices that can be worked on together: of one shape, kind and parameter group."""
+        alike: dict[Any, list[int]] = {}
+        for i in wholes:
+            block = self.blocks[i]
+            alike.setdefault((block.shape, block.work, block.slot.group), []).append(i)
+        return list(alike.values())
+
+    def _worked_on(
+        self,
+        numbers: Sequence[int],
+        wholes: Wholes,
+        held: dict[int, dict[int, dict[str, torch.Tensor]]],
+        state: State,
+        steps: Mapping[int, int],
+    ) -> Wholes:
+        blocks = [self.blocks[i] for i in numbers]
+        work, shape = blocks[0].work, blocks[0].shape
+        kept = work.kept(shape, compute_dtype(blocks[0].slot.dtype))
+        if kept:
+            for slot in {block.slot for block in blocks}:
+                if slot.index not in held:
+                    held[slot.index] = self.owned[slot.index].views(state[slot.parameter])
+        views = [held[block.slot.index][block.of_slot] if kept else {} for block in blocks]
+        parts = [wholes.pop(i) for i in numbers]
+        stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        memory = {name: [view[name] for view in views] for name in kept}
+        turn = Turn(steps[blocks[0].slot.group], tuple(block.of_group for block in blocks))
+        made = work(stacked, Held({name: one.shape for name, one in kept.items()}, memory), turn)
+        return dict(zip(numbers, made.unbind(), strict=True))
 
 
 class Matrices:
     """Slots whose recipe has work on whole matrices. Static: made from metadata only, by all ranks.
 
+    Frozen parameters are among them, so that owners stay when a parameter thaws.
+
     Args:
-        slots: that have such work and take part in the step.
-        recipe_of: the recipe of a slot.
-        known: plans of owners that were made before, by what they were made from. To make one, ranks exchange what they
-            hold; one rank alone may come here again, as after its parameters moved in memory, and must find it here.
+        plan: whose slots they are.
+        recipes: of all slots of the plan.
     """
 
-    def __init__(self, slots: Sequence[Slot], recipe_of: Callable[[Slot], Recipe], known: dict[object, Owners]) -> None:
-        self._slots = slots
-        families: dict[object, list[Slot]] = {}
-        groups: dict[object, dist.ProcessGroup | None] = {}
-        for slot in slots:
+    def __init__(self, plan: Plan, recipes: Sequence[Recipe]) -> None:
+        families: dict[object, tuple[dist.ProcessGroup | None, list[Slot], list[_Block]]] = {}
+        counts: dict[int, int] = {}
+        for slot in plan.slots:
+            work = recipes[slot.index].whole
+            if work is None:
+                continue
             group = sharing_group(slot.name, slot.layout)
             ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
             key: object = (ranks, compute_dtype(slot.dtype), slot.device if group is None else slot.device.type)
-            families.setdefault(key, []).append(slot)
-            groups.setdefault(key, group)
-        self._families: list[tuple[list[Slot], Owners]] = []
-        for key, members in families.items():
-            matrices = [_matrix(slot, recipe_of(slot)) for slot in members]
-            made_from = (key, tuple(_facts(matrix) for matrix in matrices))
-            if made_from not in known:
-                known[made_from] = Owners(matrices, groups[key], _width(members[0]))
-            self._families.append((members, known[made_from]))
+            _, slots, blocks = families.setdefault(key, (group, [], []))
+            slots.append(slot)
+            for i, index in enumerate(work.blocks(tuple(slot.layout.shape))):
+                number = counts[slot.group] = counts.get(slot.group, -1) + 1
+                blocks.append(_Block(slot, i, number, index, work))
+        self._families = [
+            _Family(slots, blocks, _owners(key, group, slots, blocks, plan.owners_known), group)
+            for key, (group, slots, blocks) in families.items()
+        ]
 
-    def scratch(self) -> dict[int, tuple[torch.Tensor]]:
-        """Memory for this rank's pieces of what is worked on, by number of the slot: zeros, where no gradient is."""
-        return {
-            slot.index: (torch.zeros(slot.numel, dtype=compute_dtype(slot.dtype), device=slot.device),)
-            for slot in self._slots
-        }
+    def owned(self, slot: Slot) -> Owned | None:
+        """The state that owners keep of a slot's blocks; None where it has no such work."""
+        return next((f.owned[slot.index] for f in self._families if slot.index in f.owned), None)
 
-    def run(self, memory: Mapping[int, torch.Tensor]) -> None:
+    def create(self, slot: Slot, state: dict[str, Any]) -> None:
+        """Make this rank's state of a slot's blocks, if it is not there."""
+        if (owned := self.owned(slot)) is not None:
+            owned.views(state)
+
+    def run(self, memory: Mapping[int, torch.Tensor], state: State, groups: Sequence[Group]) -> None:
         """Replace what every slot has by its piece of what is made of the whole. Every rank must call it.
 
         Args:
-            memory: this rank's pieces, flat, by number of the slot.
+            memory: this rank's pieces, flat, by number of the slot: of those that take part, on all ranks alike.
+            state: of the optimizer.
+            groups: the parameter groups.
         """
-        for slots, owners in self._families:
-            owners.run([memory[slot.index] for slot in slots])
+        steps = {number: group.get(MATRIX_STEPS, 0) + 1 for number, group in enumerate(groups)}
+        for family in self._families:
+            family.run(memory, state, steps)
 
 
-def _matrix(slot: Slot, recipe: Recipe) -> Matrix:
-    assert recipe.whole is not None
-    shape = tuple(slot.layout.shape)
-    return Matrix(shape, recipe.whole.cost(shape), slot.boxes, slot.numel, recipe.whole)
+def matrices_of(plan: Plan, recipes: Sequence[Recipe]) -> Matrices | None:
+    """The matrices of a plan, with the ranks that share them; None without any. Every rank must call it.
+
+    Args:
+        plan: the plan.
+        recipes: of its slots.
+    """
+    wholes = tuple(recipe.whole for recipe in recipes)
+    if not any(whole is not None for whole in wholes):
+        return None
+    key = ("matrices", wholes)
+    if key not in plan.memo:
+        plan.memo[key] = Matrices(plan, recipes)
+    known: Matrices = plan.memo[key]
+    return known
+
+
+def takes_part(slot: Slot, recipe: Recipe) -> bool:
+    """Whether a parameter takes part in a step. One that is worked on whole does not while it is frozen, even with an
+    old gradient: which ranks work on it must be known on all of them."""
+    return recipe.whole is None or slot.parameter.requires_grad
+
+
+def _owners(
+    key: object, group: dist.ProcessGroup | None, slots: Sequence[Slot], blocks: Sequence[_Block], known: dict[Any, Any]
+) -> Owners:
+    """The plan of owners of some blocks, made once: to make one, ranks exchange what they hold.
+
+    One rank alone may come here again, as after its parameters moved in memory, and finds it in ``known``; there is
+    also who owned a block before, since its state is there.
+    """
+    places = {slot.index: i for i, slot in enumerate(slots)}
+    matrices = [_matrix(block, places[block.slot.index]) for block in blocks]
+    made_from = (key, tuple(_facts(matrix) for matrix in matrices))
+    names = [(block.slot.parameter, block.slot.layout.name, block.of_slot) for block in blocks]
+    if made_from not in known:
+        settled = {i: known[name] for i, name in enumerate(names) if name in known}
+        known[made_from] = Owners(matrices, group, compute_dtype(slots[0].dtype).itemsize, settled)
+    owners: Owners = known[made_from]
+    known.update(zip(names, owners.owners, strict=True))
+    return owners
+
+
+def _matrix(block: _Block, piece: int) -> Matrix:
+    boxes = [part for box in block.slot.boxes for part in within(box, block.index)]
+    return Matrix(block.shape, block.work.cost(block.shape), boxes, piece)
 
 
 def _facts(matrix: Matrix) -> tuple[object, ...]:
     """What a plan of owners is made from, as plain values."""
     places = [(box.start, box.shape, box.strides, [str(part) for part in box.index]) for box in matrix.boxes]
-    return matrix.shape, matrix.cost, matrix.numel, matrix.work, repr(places)
-
-
-def _width(slot: Slot) -> int:
-    return compute_dtype(slot.dtype).itemsize
+    return matrix.shape, matrix.cost, matrix.piece, repr(places)
 
 
 def sharing_group(name: str, layout: Layout) -> dist.ProcessGroup | None:

@@ -164,6 +164,10 @@ class Optimizer(torch.optim.Optimizer):
         recipe = self.recipe(group, shape)
         return recipe.cautious() if group.get("cautious") else recipe
 
+    def works_on_matrices(self) -> bool:
+        """Whether any group may have parameters that are worked on whole; decided without looking at them."""
+        return False
+
     def validate(self, group: Group) -> None:
         """Raise ValueError for the first hyperparameter of a group that is out of range."""
         owner = type(self).__name__

@@ -6,7 +6,7 @@ import functools
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -25,26 +25,15 @@ from oput_dist.kernels.stage import (
     Vectors,
     measures,
 )
+from oput_dist.matrix.work import Work
 
-__all__ = ["Group", "Recipe", "Shape", "Whole", "decay_rate", "decay_scalar", "prologue_of", "row_of", "vector_shape"]
+__all__ = ["Group", "Recipe", "Shape", "decay_rate", "decay_scalar", "prologue_of", "row_of", "vector_shape"]
 
 Group = Mapping[str, Any]
 """A parameter group, lr and all."""
 
 Shape: TypeAlias = Sequence[int]
 """The global shape of a parameter."""
-
-
-class Whole(Protocol):
-    """Work on whole matrices. Equal, and of one hash, for parameters that may be worked on together."""
-
-    def __call__(self, stacked: torch.Tensor) -> torch.Tensor:
-        """``[n, *shape]`` of some parameters to the same shape, each by itself."""
-
-    def cost(self, shape: Shape) -> float:
-        """Estimated time for one parameter, in floating-point operations."""
-
-    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ class Recipe:
     decay: Decay = Decay.NONE
     vectors: tuple[tuple[str, Axes], ...] = ()
     kept: tuple[str, ...] = ()
-    whole: Whole | None = None
+    whole: Work | None = None
 
     def sums(self, number: int) -> tuple[Axes, ...]:
         """What a stage sums: for each sum the axes that it keeps."""

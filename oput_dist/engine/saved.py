@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from oput_dist.layout import LayoutError
 from oput_dist.layout.flattened import is_flattened
+
+from .agree import gathered, joint_groups
+from .matrices import matrices_of
+from .owned import kept_by
 
 __all__ = ["FORMAT", "FORMAT_KEY", "WHOLE_KEY", "completed"]
 
@@ -31,6 +36,7 @@ def completed(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """
     for group in saved["param_groups"]:
         group.update({key: value.clone() for key, value in group.items() if isinstance(value, torch.Tensor)})
+    spread_owned(optimizer, saved)
     flattened = False
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, key in zip(group["params"], packed["params"], strict=True):
@@ -50,13 +56,43 @@ def _check_shapes(optimizer: Any) -> None:
     """
     for slot in optimizer._current_plan().slots:
         recipe = optimizer.recipe(optimizer.param_groups[slot.group], slot.layout.shape)
-        if is_flattened(slot.parameter) and recipe.vectors:
+        others = [*(name for name, _ in recipe.vectors), *kept_by(recipe.whole, slot)]
+        if is_flattened(slot.parameter) and others:
             raise LayoutError(
-                f"{type(optimizer).__name__}: {recipe.vectors[0][0]!r} of {slot.name} has not the shape of its "
+                f"{type(optimizer).__name__}: {others[0]!r} of {slot.name} has not the shape of its "
                 "parameter, and torch's own state dicts of FSDP1 (FullyShardedDataParallel) carry no such state: save "
                 "oput.full_state_dict(optimizer) and load it with optimizer.load_state_dict, or wrap the model with "
                 "torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+
+
+def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Put in place of what owners of matrices keep for themselves what checkpoints reshard; all ranks must call it."""
+    plan = optimizer._current_plan() if optimizer.works_on_matrices() else None
+    if plan is None:
+        return
+    groups = optimizer.param_groups
+    matrices = matrices_of(plan, [optimizer.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
+    keys = {
+        p: key
+        for group, packed in zip(groups, saved["param_groups"], strict=True)
+        for p, key in zip(group["params"], packed["params"], strict=True)
+    }
+    every = [(slot, owned) for slot in plan.slots if matrices is not None and (owned := matrices.owned(slot))]
+    present = [
+        [slot.key(name) in optimizer.state.get(slot.parameter, {}) for name in owned.names] for slot, owned in every
+    ]
+    present = gathered(present, _anywhere, joint_groups(plan.slots))
+    for (slot, owned), row in zip(every, present, strict=True):
+        state = optimizer.state.get(slot.parameter, {})
+        made = {slot.key(n): owned.spread(state, n) for n, there in zip(owned.names, row, strict=True) if there}
+        found = {name: tensor for name, tensor in made.items() if tensor is not None}
+        if found:
+            saved["state"][keys[slot.parameter]] = {**saved["state"].get(keys[slot.parameter], {}), **found}
+
+
+def _anywhere(ranks: Sequence[list[list[bool]]]) -> list[list[bool]]:
+    return [[any(each) for each in zip(*rows, strict=True)] for rows in zip(*ranks, strict=True)]
 
 
 def _asked_by_torch() -> bool:

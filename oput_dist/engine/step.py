@@ -16,7 +16,7 @@ from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vect
 
 from .between import Between
 from .finish import finish, updated
-from .matrices import Matrices
+from .matrices import Matrices, matrices_of, takes_part
 from .norm import clip_factor, power_table
 from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
@@ -136,9 +136,9 @@ class Step:
         """Run it: checks first, so that nothing has changed when one of them raises."""
         self._plan.settle_gradients()
         matrices = self._matrices()
-        slots = [slot for slot in self._plan.slots if updated(slot) and (matrices is None or self._takes_part(slot))]
+        slots = [slot for slot in self._plan.slots if updated(slot) and takes_part(slot, self.recipe_of(slot))]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
-        rehearsed = self._rehearsal(gradients)
+        rehearsed = self._rehearsal(gradients, matrices)
         if rehearsed:
             gradients = []
         present = [slot for slot, _ in gradients]
@@ -149,19 +149,14 @@ class Step:
         scale = self._scale(active)
         if scale is None:
             return Outcome.SKIPPED
-        scratch = {} if matrices is None else matrices.scratch()
+        scratch = {} if matrices is None else self._scratch()
         state = {slot: (*self._state_of(slot), *scratch.get(slot.index, ())) for slot in present}
         self._steps = dict(zip(present, self._plan.next_counts(present, self.state), strict=True))
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
-        self._run_stages(buckets, matrices, scratch)
+        self._run_stages(buckets, None if rehearsed else matrices, scratch)
         finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
-
-    def _takes_part(self, slot: Slot) -> bool:
-        """Whether a parameter takes part in a step of matrices. One that is worked on whole does not while it is
-        frozen, even with an old gradient: which ranks work on it must be known on all of them."""
-        return self.recipe_of(slot).whole is None or slot.parameter.requires_grad
 
     def recipe_of(self, slot: Slot) -> Recipe:
         """How a slot is updated."""
@@ -176,7 +171,7 @@ class Step:
         ):
             raise ValueError("this optimizer needs the batch loss: call step(loss=loss) or step(closure)")
 
-    def _rehearsal(self, gradients: Active) -> bool:
+    def _rehearsal(self, gradients: Active, matrices: Matrices | None) -> bool:
         """Whether this step is only asked to create state; then it is made, and no gradient may count.
 
         ``torch.distributed.checkpoint`` creates state by a step with zero gradients at lr 0. Were it counted, training
@@ -189,6 +184,8 @@ class Step:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
                 self._state_of(slot)
                 self._vectors_of(slot)
+                if matrices is not None:
+                    matrices.create(slot, self.state[slot.parameter])
                 self.state[slot.parameter]["step"] = self._plan.counter(slot)
         tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
         return not any(bool((table != 0).any()) for table in tables.values())
@@ -272,16 +269,20 @@ class Step:
         return Scalars(type(named[0]), values, which, slots[0].device)
 
     def _matrices(self) -> Matrices | None:
-        """The parameters that are worked on whole, with the ranks that do it; None without any."""
-        if not any(recipe.whole is not None for recipe, _ in self._kinds):
+        if all(recipe.whole is None for recipe, _ in self._kinds):
             return None
-        wholes = [slot for slot in self._plan.slots if self.recipe_of(slot).whole is not None]
-        slots = [slot for slot in wholes if updated(slot) and self._takes_part(slot)]
-        key = ("matrices", tuple(self._kind), tuple(self._kinds), tuple(slot.index for slot in slots))
-        if key not in self._plan.memo:
-            self._plan.memo[key] = Matrices(slots, self.recipe_of, self._plan.owners_known)
-        known: Matrices = self._plan.memo[key]
-        return known
+        return matrices_of(self._plan, [self.recipe_of(slot) for slot in self._plan.slots])
+
+    def _scratch(self) -> dict[int, tuple[torch.Tensor]]:
+        """Memory for this rank's pieces of what is worked on whole, by number of the slot: zeros, where no gradient is.
+
+        Of slots that all ranks know to take part; what is here alone needs a gradient, as in any other step.
+        """
+        return {
+            slot.index: (torch.zeros(slot.numel, dtype=compute_dtype(slot.dtype), device=slot.device),)
+            for slot in self._plan.slots
+            if self.recipe_of(slot).whole is not None and updated(slot) and takes_part(slot, self.recipe_of(slot))
+        }
 
     def _run_stages(
         self, buckets: Sequence[_Bucket], matrices: Matrices | None, scratch: dict[int, tuple[torch.Tensor]]
@@ -293,7 +294,7 @@ class Step:
             boundaries = self._boundaries(number)
             tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
             if number == 1 and matrices is not None:
-                matrices.run({index: memory for index, (memory,) in scratch.items()})
+                matrices.run({index: memory for index, (memory,) in scratch.items()}, self.state, self._groups)
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
                     self._run_stage(number, bucket, between, boundaries, tables)

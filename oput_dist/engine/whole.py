@@ -13,6 +13,8 @@ from oput_dist.layout import LayoutError, flat
 
 from .agree import gathered, joint_groups
 from .match import qualified_names
+from .matrices import matrices_of
+from .owned import kept_by
 from .plan import Plan
 from .recipe import Recipe
 from .saved import WHOLE_KEY
@@ -53,6 +55,7 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
         if slot.layout.why_no_sums is not None:
             raise LayoutError(f"{slot.name}: its whole state cannot be put together. {slot.layout.why_no_sums}")
     recipes = [optimizer.recipe(optimizer.param_groups[slot.group], slot.layout.shape) for slot in plan.slots]
+    matrices = matrices_of(plan, recipes)
     found, steps = _everywhere(optimizer, plan, recipes)
     scratch: dict[torch.device, torch.Tensor] = {}
     state: dict[int, dict[str, Any]] = {}
@@ -63,6 +66,9 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
             if name in found[i] and (whole := _whole(slot, own.get(name), found[i][name], scratch, keep)) is not None:
                 state[i][name] = whole
         state[i] |= {name: _copy(value) for name, value in _vectors(slot, own, recipes[i]).items()}
+        owned = None if matrices is None else matrices.owned(slot)
+        if owned is not None:
+            state[i] |= {name: _copy(owned.whole(own, name)) for name in owned.names if name in found[i]}
         if steps[i] is not None:
             state[i]["step"] = torch.tensor(steps[i], dtype=torch.float32, device="cpu")
     if not keep:
@@ -77,6 +83,8 @@ def _everywhere(optimizer: Own, plan: Plan, recipes: Sequence[Recipe]) -> tuple[
     for slot, recipe in zip(plan.slots, recipes, strict=True):
         own = optimizer.state.get(slot.parameter, {})
         dtypes = {name: own[name].dtype for name in recipe.state if own.get(name) is not None}
+        kept = [name for name in kept_by(recipe.whole, slot) if own.get(slot.key(name)) is not None]
+        dtypes |= {name: own[slot.key(name)].dtype for name in kept}
         found.append((dtypes, float(own["step"]) if "step" in own else None))
     found = gathered(found, _merged, joint_groups(plan.slots))
     return [dtypes for dtypes, _ in found], [step for _, step in found]

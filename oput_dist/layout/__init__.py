@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
-from .box import Box, boxes_of_range
+from .box import Box, boxes_of_range, within
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
@@ -53,6 +53,7 @@ __all__ = [
     "unreduced_by_fsdp1",
     "unreduced_by_fsdp2",
     "whole_or_local",
+    "within",
 ]
 
 

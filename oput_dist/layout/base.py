@@ -84,6 +84,14 @@ class Layout(ABC):
         """The local memory of what :meth:`vector` made: all of it."""
         return value
 
+    def spread(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Zeros for a vector of which every rank that holds a piece or a replica has a part, as checkpoints reshard it.
+
+        Returns:
+            the tensor, the memory of this rank's part, and where that begins; None where no mesh can say so.
+        """
+        return None
+
     def fault_of(self, gradient: torch.Tensor) -> str | None:
         """How a gradient is laid out so that its piece cannot be taken, and what to do; None if it can."""
         return None

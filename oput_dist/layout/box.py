@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-__all__ = ["Box", "Index", "boxes_of_range", "in_order", "one_box", "whole_index"]
+__all__ = ["Box", "Index", "boxes_of_range", "in_order", "one_box", "whole_index", "within"]
 
 Index = slice | torch.Tensor
 """Global indices along one dimension, in the order of the piece: a range, or an int64 CPU tensor."""
@@ -98,3 +98,46 @@ def in_order(boxes: tuple[Box, ...], order: Sequence[int]) -> tuple[Box, ...]:
         )
         for box in boxes
     )
+
+
+def within(box: Box, rectangle: Sequence[slice]) -> tuple[Box, ...]:
+    """What a box has of a rectangle of the global tensor, with indices from the rectangle's corner.
+
+    Nothing if they do not meet; several where a strided shard meets it more than once.
+    """
+    found = [box]
+    for dim, part in enumerate(rectangle):
+        found = [cut for one in found for cut in _cut(one, dim, part)]
+    return tuple(found)
+
+
+def _cut(box: Box, dim: int, part: slice) -> list[Box]:
+    """A box without what lies outside of ``part`` along one dimension."""
+    index = box.index[dim]
+    if isinstance(index, slice):
+        first, last = max(index.start, part.start), min(index.stop, part.stop)
+        runs = [(first - index.start, last - first, first - part.start)] if first < last else []
+    else:
+        runs = _runs(index, part)
+    return [
+        Box(
+            box.start + at * box.strides[dim],
+            (*box.shape[:dim], size, *box.shape[dim + 1 :]),
+            (*box.index[:dim], slice(begin, begin + size), *box.index[dim + 1 :]),
+            box.strides,
+        )
+        for at, size, begin in runs
+    ]
+
+
+def _runs(index: torch.Tensor, part: slice) -> list[tuple[int, int, int]]:
+    """Where consecutive indices within ``part`` are: their place in the box, how many, and the first from its start."""
+    runs: list[tuple[int, int, int]] = []
+    for at, i in enumerate(index.tolist()):
+        if part.start <= i < part.stop:
+            begin = i - part.start
+            if runs and runs[-1][0] + runs[-1][1] == at and runs[-1][2] + runs[-1][1] == begin:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2])
+            else:
+                runs.append((at, 1, begin))
+    return runs

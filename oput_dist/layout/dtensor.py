@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .base import Layout, LayoutError
 from .box import Box, Index, one_box
@@ -140,6 +140,15 @@ class Distributed(Layout):
 
     def memory_of_vector(self, value: torch.Tensor) -> torch.Tensor:
         return local_tensor(value) if isinstance(value, DTensor) else value
+
+    def spread(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        placements = [Shard(0)] * self._mesh.ndim
+        (index,) = _index((length,), self._mesh, placements, self._coordinate)
+        local = torch.zeros(_length(index), dtype=dtype, device=self.device)
+        tensor = DTensor.from_local(
+            local, self._mesh, placements, run_check=False, shape=torch.Size([length]), stride=(1,)
+        )
+        return tensor, local, index.start if isinstance(index, slice) else 0
 
     def _everywhere(self, whole: torch.Tensor) -> DTensor:
         return DTensor.from_local(whole, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)

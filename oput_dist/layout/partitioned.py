@@ -69,6 +69,9 @@ class Partitioned(Layout):
     def vector(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return self._state.vector(shape, dtype)
 
+    def spread(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        return self._state.spread(length, dtype)
+
     def memory_of_vector(self, value: torch.Tensor) -> torch.Tensor:
         return self._state.memory_of_vector(value)
 

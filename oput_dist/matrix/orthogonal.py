@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .work import Held, Turn, Work
+
 __all__ = ["NEWTON_SCHULZ", "POLAR_EXPRESS", "Coefficients", "Orthogonalize", "orthogonalized", "polar_express"]
 
 Coefficients = tuple[tuple[float, float, float], ...]
@@ -57,7 +59,7 @@ def orthogonalized(stacked: torch.Tensor, coefficients: Sequence[Sequence[float]
 
 
 @dataclass(frozen=True)
-class Orthogonalize:
+class Orthogonalize(Work):
     """Whole-matrix work: see :func:`orthogonalized`. Parameters of more than two axes are matrices of their first axis.
 
     Args:
@@ -73,7 +75,7 @@ class Orthogonalize:
     scale: str | None
     dtype: torch.dtype | None
 
-    def __call__(self, stacked: torch.Tensor) -> torch.Tensor:
+    def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
         matrices = stacked.flatten(2)
         on_gpu = stacked.device.type == "cuda" and stacked.dtype == torch.float32
         dtype = self.dtype or (torch.bfloat16 if on_gpu else stacked.dtype)

@@ -45,8 +45,10 @@ from .rmsprop import *
 from .schedulefree import *
 from .sgd import *
 from .sgdp import *
+from .shampoo import *
 from .signum import *
 from .sm3 import *
+from .soap import *
 from .sophia import *
 from .stableadamw import *
 from .swats import *

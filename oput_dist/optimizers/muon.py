@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Optimizer, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
 from oput_dist.engine.hyper import (
     Betas,
-    Check,
     Fraction,
     Nonnegative,
     Positive,
     PositiveInteger,
-    boolean,
     hyperparameters,
 )
 from oput_dist.engine.split import Test
@@ -25,9 +22,7 @@ from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Measure, Update
 from oput_dist.matrix.orthogonal import NEWTON_SCHULZ, Orthogonalize, polar_express
 
-from .adam import adam
-from .routing import MATRIX, routed
-from .scalars import adam_scalars
+from .matrixwise import Matrixwise
 
 __all__ = ["Muon"]
 
@@ -49,12 +44,7 @@ def muon_apply(p, g, state, h):
     return (1.0 - h.rate_decay) * p - h.rate * state[1], ()
 
 
-@rule
-def muon_adam(p, g, state, h):
-    return adam((1.0 - h.decay) * p, g, state, h)
-
-
-class Muon(Optimizer):
+class Muon(Matrixwise):
     r"""Muon: the momentum of each hidden matrix, orthogonalised; AdamW for all other parameters.
 
     .. math::
@@ -102,8 +92,6 @@ class Muon(Optimizer):
     Paper: Jordan et al., https://kellerjordan.github.io/posts/muon/; Liu et al., https://arxiv.org/abs/2502.16982.
     """
 
-    checks: ClassVar[dict[str, Check]] = {MATRIX: boolean}
-
     def __init__(
         self,
         params: Params,
@@ -122,14 +110,9 @@ class Muon(Optimizer):
         matrix_params: Test | None = None,
         **common: Unpack[Common],
     ) -> None:
-        if isinstance(params, nn.Module):
-            common.setdefault("module", params)
-        defaults = hyperparameters(locals(), "matrix_params")
-        super().__init__(routed(params, matrix_params, common.get("module")), {**defaults, MATRIX: True}, common)
+        super().__init__(params, matrix_params, hyperparameters(locals(), "matrix_params", "__class__"), common)
 
-    def recipe(self, group: Group, shape: Shape) -> Recipe:
-        if not group[MATRIX] or len(shape) < 2 or 0 in shape:
-            return Recipe((Update(muon_adam),), ("exp_avg", "exp_avg_sq"))
+    def matrix_recipe(self, group: Group, shape: Shape) -> Recipe:
         steps = group["ns_steps"]
         coefficients = polar_express(steps) if group["polar_express"] else (NEWTON_SCHULZ,) * steps
         dtype = None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"])
@@ -138,10 +121,8 @@ class Muon(Optimizer):
         return Recipe((first, Update(muon_apply)), ("momentum_buffer",), whole=whole)
 
     def scalars(self, group: Group, step: int) -> Any:
-        lr = group["lr"] * group["adam_factor"]
         return row_of(
-            **adam_scalars({**group, "lr": lr, "eps": group["adam_eps"]}, step),
-            decay=decay_rate(group) if group["decouple_lr"] else lr * group["weight_decay"],
+            **self.others(group, step),
             rate=group["lr"],
             rate_decay=decay_rate(group),
             weight=1 - group["momentum"],

@@ -10,7 +10,7 @@ from torch import nn
 from oput_dist.engine import Params
 from oput_dist.engine.split import Test, split
 
-__all__ = ["MATRIX", "is_hidden_matrix", "routed"]
+__all__ = ["MATRIX", "is_hidden_matrix", "routed", "routing_table"]
 
 MATRIX = "matrix"
 """The key of a parameter group that says whether its parameters are worked on as matrices."""
@@ -30,7 +30,9 @@ def is_hidden_matrix(name: str, layer: nn.Module | None, axes: int) -> bool:
     return axes >= 2 and not isinstance(layer, nn.Embedding | nn.EmbeddingBag) and not set(of_layer) & set(HEADS)
 
 
-def routed(params: Params, matrix_params: Test | None, module: nn.Module | None = None) -> Any:
+def routed(
+    params: Params, matrix_params: Test | None, module: nn.Module | None = None, owner: str = "this optimizer"
+) -> Any:
     """Parameter groups by kind, where names or layers tell kinds apart.
 
     Groups that are given stay as they are, and bare parameters are one group: in a group that does not say, matrices
@@ -46,7 +48,7 @@ def routed(params: Params, matrix_params: Test | None, module: nn.Module | None 
     """
     if matrix_params is not None and not callable(matrix_params):
         raise ValueError(
-            f"Muon: matrix_params={matrix_params!r} is not allowed: must be a function (name, layer, axes) -> bool"
+            f"{owner}: matrix_params={matrix_params!r} is not allowed: must be a function (name, layer, axes) -> bool"
         )
     if isinstance(params, torch.Tensor):
         return params  # which no optimizer takes, and says so
@@ -70,3 +72,16 @@ def _listed(entries: list[Any]) -> str:
     """The first parameters, as the test sees them."""
     shown = [entry if isinstance(entry, tuple) else ("", entry) for entry in entries[:3]]
     return ", ".join(f"({name!r}, ..., {parameter.ndim})" for name, parameter in shown)
+
+
+def routing_table(optimizer: Any) -> str:
+    """A line for each parameter of an optimizer of matrices: its name, its shape, its group and what updates it."""
+    rows = [("parameter", "shape", "group", "updated by")]
+    for slot in optimizer._current_plan().slots:
+        group, shape = optimizer.param_groups[slot.group], tuple(slot.layout.shape)
+        by = type(optimizer).__name__ if optimizer.is_matrix(group, shape) else "AdamW"
+        rows.append((slot.name.removeprefix("parameter ").strip("'"), str(shape), str(slot.group), by))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        "  ".join((*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3])) for row in rows
+    )

@@ -1,0 +1,163 @@
+"""State that the owners of matrices keep: on one rank only, and spread over all of them in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from oput_dist.backends import compute_dtype
+from oput_dist.matrix.work import Kept, Work
+
+from .slot import Slot
+
+__all__ = ["Owned", "Range", "kept_by"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where the state of one block is: in that of all blocks of its parameter, one after the other."""
+
+    block: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """One state of all blocks of a parameter."""
+
+    dtype: torch.dtype
+    ranges: tuple[Range, ...]
+    length: int
+
+
+def kept_by(work: Work | None, slot: Slot) -> dict[str, _State]:
+    """What the owners of a parameter's blocks keep, by name."""
+    found: dict[str, list[tuple[int, Kept]]] = {}
+    shape = tuple(slot.layout.shape)
+    for i, block in enumerate(work.blocks(shape) if work is not None else ()):
+        sizes = tuple(part.stop - part.start for part in block)
+        for name, kept in (work.kept(sizes, compute_dtype(slot.dtype)) if work is not None else {}).items():
+            found.setdefault(name, []).append((i, kept))
+    return {name: _state(each) for name, each in found.items()}
+
+
+def _state(each: Sequence[tuple[int, Kept]]) -> _State:
+    ranges, at = [], 0
+    for block, kept in each:
+        ranges.append(Range(block, at, prod(kept.shape)))
+        at += prod(kept.shape)
+    return _State(each[0][1].dtype, tuple(ranges), at)
+
+
+class Owned:
+    """The state of one parameter's blocks, of which this rank owns some.
+
+    Under a name it is, on their owners, one tensor with that of their own blocks, one after the other; nothing on
+    other ranks. What a checkpoint holds is one tensor for all blocks, the same for any number of ranks.
+
+    Args:
+        slot: of the parameter.
+        work: that is done.
+        mine: which of the blocks this rank owns.
+        group: the ranks that share them; None for this one alone.
+    """
+
+    def __init__(self, slot: Slot, work: Work, mine: Collection[int], group: dist.ProcessGroup | None) -> None:
+        self._slot, self._group = slot, group
+        self._all = kept_by(work, slot)
+        self._own = {name: [r for r in state.ranges if r.block in mine] for name, state in self._all.items()}
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the states."""
+        return list(self._all)
+
+    def memory(self, state: MutableMapping[str, object], name: str) -> torch.Tensor | None:
+        """What this rank keeps under a name; zeros are made if it is missing. None if it owns no block.
+
+        Raises:
+            ValueError: if it is of another size.
+        """
+        key, size = self._slot.key(name), sum(r.length for r in self._own[name])
+        if not size:
+            return None
+        value = state.get(key)
+        if value is None:
+            value = state[key] = torch.zeros(size, dtype=self._all[name].dtype, device=self._slot.device)
+        assert isinstance(value, torch.Tensor)
+        if value.numel() != size:
+            raise ValueError(
+                f"state {key!r} of {self._slot.name} has {value.numel()} elements, but the blocks that this rank owns "
+                f"have {size}: if options, parameters or ranks changed, load a state dict (oput.full_state_dict)"
+            )
+        if value.device != self._slot.device:  # the parameter was moved after it was made
+            value = state[key] = value.to(self._slot.device)
+        return value
+
+    def views(self, state: MutableMapping[str, object]) -> dict[int, dict[str, torch.Tensor]]:
+        """For each block that this rank owns its state by name, flat."""
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for name, ranges in self._own.items():
+            memory, at = self.memory(state, name), 0
+            for one in ranges if memory is not None else ():
+                assert memory is not None
+                found.setdefault(one.block, {})[name] = memory[at : at + one.length]
+                at += one.length
+        return found
+
+    def whole(self, state: Mapping[str, object], name: str) -> torch.Tensor:
+        """The state of all blocks. Every rank of the group must call it.
+
+        Bits are added up, not numbers: every element has one owner, and 0 + x would turn -0.0 into 0.0.
+        """
+        kept, value = self._all[name], state.get(self._slot.key(name))
+        result = torch.zeros(kept.length, dtype=kept.dtype, device=self._slot.device)
+        at = 0
+        for one in self._own[name] if isinstance(value, torch.Tensor) else ():
+            assert isinstance(value, torch.Tensor)
+            result[one.start : one.start + one.length] = value[at : at + one.length]
+            at += one.length
+        if self._group is not None:
+            dist.all_reduce(result.view(torch.uint8), group=self._group)
+        return result
+
+    def spread(self, state: Mapping[str, object], name: str) -> torch.Tensor | None:
+        """The state of all blocks as checkpoints hold it: each rank has a part. None where no mesh can say that.
+
+        Every rank of the group must call it.
+        """
+        kept = self._all[name]
+        made = self._slot.layout.spread(kept.length, kept.dtype)
+        if made is None:
+            return None
+        tensor, local, start = made
+        local.copy_(self.whole(state, name)[start : start + local.numel()])
+        return tensor
+
+    def check(self, value: torch.Tensor | None, name: str) -> None:
+        """Raise ValueError if this rank owns blocks, and a loaded value is not of all blocks nor of those."""
+        length, size = self._all[name].length, sum(one.length for one in self._own[name])
+        if value is None and size:
+            raise ValueError(f"the state of {self._slot.name} lacks {name!r}, of blocks that this rank owns")
+        if value is not None and value.numel() not in (length, size):
+            raise ValueError(
+                f"{name!r} of {self._slot.name} has {value.numel()} elements, but must have {length} (of the whole "
+                f"parameter) or {size} (of the blocks that this rank owns, of the same number of ranks)"
+            )
+
+    def adopt(self, value: torch.Tensor, name: str) -> torch.Tensor | None:
+        """What this rank keeps of a loaded state that passed :meth:`check`. Every rank must call it."""
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        own = self._own[name]
+        if not own:
+            return None
+        whole = whole.to(self._slot.device)
+        if whole.numel() == self._all[name].length:
+            return torch.cat([whole[one.start : one.start + one.length] for one in own])
+        return whole.clone()

@@ -1,0 +1,111 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's statistics."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from typing_extensions import Unpack
+
+from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, PositiveInteger, hyperparameters
+from oput_dist.engine.matrices import MATRIX_STEPS
+from oput_dist.engine.split import Test
+from oput_dist.kernels.stage import Measure, Update
+from oput_dist.matrix.soap import AdamInEigenbasis
+
+from .matrixwise import Matrixwise
+from .shampoo import hand_over, take_step
+
+__all__ = ["SOAP"]
+
+
+class SOAP(Matrixwise):
+    r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's statistics.
+
+    For a matrix :math:`g` with :math:`Q_L`, :math:`Q_R` the bases of its rows and columns:
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2) (Q_L^T g Q_R)^2 \\
+        u &= Q_L \frac{\hat m'}{\sqrt{\hat v} + \epsilon} Q_R^T, \qquad m' = Q_L^T m Q_R \\
+        p &\leftarrow (1 - \eta\lambda) p - \eta u \\
+        L &\leftarrow \beta_s L + (1 - \beta_s) g g^T, \qquad R \leftarrow \beta_s R + (1 - \beta_s) g^T g
+
+    The bases are eigenvectors of L and R at first, and then every ``precondition_frequency`` steps those of one step
+    of orthogonal iteration from the last. The first gradient only makes them: it moves nothing, as in the reference,
+    which decays after the step where this decays before it. Under sharding each block is put together and worked on by
+    one rank, which alone keeps its state. What is sent is the gradient to the owner and the update back.
+
+    What is a matrix, and what goes to AdamW (with the same ``betas`` and ``eps``), is decided as by :class:`Muon`.
+    Parameters of more than two axes have a basis for each. A block whose gradient is zero everywhere or not finite
+    takes no part in a step: its state stays, and it only decays. A basis that cannot be found is tried again in
+    float64 and on the CPU; if that fails too the last one stays, and :meth:`report` counts it.
+
+    Args:
+        params: parameters, groups, named parameters, or a module (best: it tells embeddings).
+        lr: learning rate :math:`\eta \ge 0`. Default 3e-3.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1). Default (0.95, 0.95).
+        shampoo_beta: :math:`\beta_s` in [0, 1); None for :math:`\beta_2`. Default None.
+        eps: :math:`\epsilon \ge 0`. Default 1e-8.
+        weight_decay: decoupled, :math:`\lambda \ge 0`. Default 0.01.
+        precondition_frequency: steps from basis to basis, an integer >= 1. Default 10.
+        max_preconditioner_dim: axes that are longer keep their own basis, an integer >= 1. Default 10000.
+        block_size: the longest side of a block, an integer >= 1; None: no blocks. Default None.
+        stagger: refresh every block at a step of its own out of ``precondition_frequency``, so that no step is much
+            longer than others; else all at multiples of the frequency. Default True.
+        factor_dtype: ``"bfloat16"`` to keep factors and bases in it; None for the parameters' own. Default None.
+        adam_factor: learning rate of AdamW for the other parameters, as a factor of ``lr``, >= 0. Default 1.
+        matrix_params: ``(name, layer, axes) -> bool``: what is a matrix; None: as said above. Default None.
+        **common: see :class:`oput_dist.engine.Common`.
+
+    Raises:
+        ValueError: for a value out of range, or if ``matrix_params`` matches nothing.
+
+    Sharding class M: matrices to their owners and back. State: 8 bytes per parameter (fp32) for the averages, 16 for
+    factors and bases of square matrices; of other parameters 8.
+
+    When: the fewest steps to a loss. Start: ``lr=3e-3``.
+
+    Paper: Vyas et al., https://arxiv.org/abs/2409.11321.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Nonnegative = 3e-3,
+        betas: Betas = (0.95, 0.95),
+        shampoo_beta: Fraction | None = None,
+        eps: Nonnegative = 1e-8,
+        weight_decay: Nonnegative = 0.01,
+        precondition_frequency: PositiveInteger = 10,
+        max_preconditioner_dim: PositiveInteger = 10000,
+        block_size: PositiveInteger | None = None,
+        stagger: bool = True,
+        factor_dtype: Literal["bfloat16"] | None = None,
+        adam_factor: Nonnegative = 1.0,
+        matrix_params: Test | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        defaults = hyperparameters(locals(), "matrix_params")
+        super().__init__(params, matrix_params, {**defaults, MATRIX_STEPS: 0}, common)
+
+    def matrix_recipe(self, group: Group, shape: Shape) -> Recipe:
+        factor_beta, stored = group["shampoo_beta"], group["factor_dtype"]
+        work = AdamInEigenbasis(
+            betas=tuple(group["betas"]),
+            factor_beta=group["betas"][1] if factor_beta is None else factor_beta,
+            eps=group["eps"],
+            frequency=group["precondition_frequency"],
+            staggered=group["stagger"],
+            largest=group["max_preconditioner_dim"],
+            block_size=group["block_size"],
+            factor_dtype=None if stored is None else getattr(torch, stored),
+        )
+        return Recipe((Measure(hand_over, ()), Update(take_step)), whole=work)
+
+    def scalars(self, group: Group, step: int) -> Any:
+        return row_of(**self.others(group, step), rate=group["lr"], rate_decay=decay_rate(group))
+
+    def adam_options(self, group: Group) -> dict[str, Any]:
+        return {}
