@@ -65,6 +65,7 @@ class Case:
     partly: bool = True  # whether a run on the elements that take part is a reference for missing gradients
     vectors: tuple[str, ...] = ()  # state that is not parameter-shaped: whole on every rank
     loss: bool = False  # whether ``step`` takes the loss
+    owned: tuple[str, ...] = ()  # state that owners of matrices keep, each for itself: not looked at
 
     def advance(self, optimizer: Any, step: int, difference: float = 0.0) -> None:
         """A step. Ranks may differ in their loss, whose mean is the same as in one process."""
@@ -127,6 +128,8 @@ def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: t
         taken[name] = {"param": local(layout.local(name, p))}
         for key, value in sorted(optimizer.state[p].items()):
             kind, _, original = key.partition(".")  # of a tensor that stands for several
+            if kind in case.owned:
+                continue
             if isinstance(value, Tensor) and original.rpartition(".")[2] in ("", name):
                 whole = kind in ("step", *case.vectors)
                 taken[name][kind] = local(value if whole else layout.local(name, value))
@@ -168,7 +171,7 @@ def train(layout: Layout, case: Case, dtype: torch.dtype, backend: str, pieces: 
         f"state {k} of {name} is not laid out as its parameter"
         for name, p in params.items()
         for k, v in optimizer.state[p].items()
-        if k.split(".")[0] not in ("step", *case.vectors) and not layout.alike(p, v)
+        if k.split(".")[0] not in ("step", *case.vectors, *case.owned) and not layout.alike(p, v)
     ]
     return Report(before, snapshot(case, layout, params, optimizer), pieces, absent, misplaced)
 

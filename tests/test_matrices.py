@@ -114,7 +114,9 @@ def test_nan_in_one_matrix_leaves_others_alone_and_empty_ones_are_no_trouble() -
 def test_frozen_matrices_are_not_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
     call = Orthogonalize.__call__
-    monkeypatch.setattr(Orthogonalize, "__call__", lambda self, x, *more: (counted.append(len(x)), call(self, x, *more))[1])
+    monkeypatch.setattr(
+        Orthogonalize, "__call__", lambda self, x, *more: (counted.append(len(x)), call(self, x, *more))[1]
+    )
     params = [nn.Parameter(torch.eye(3), requires_grad=i == 0) for i in range(5)]
     params[0].grad = torch.eye(3)
     oput.Muon(params, lr=0.1).step()

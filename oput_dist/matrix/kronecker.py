@@ -78,7 +78,7 @@ def statistics(
     """
     m = gradient.movedim(axis + 1, 1).flatten(2)
     weight = 1.0 - decay if decay < 1 else 1.0
-    faded = old * torch.where(counts, decay, 1.0).to(old.dtype)[:, None, None]
+    faded = torch.where(counts[:, None, None], decay * old, old)
     return torch.baddbmm(faded, m, m.mT, alpha=weight)
 
 
@@ -89,10 +89,11 @@ def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Ten
     return made.movedim(1, axis + 1)
 
 
-def due(turn: Turn, frequency: int, staggered: bool, start: int = 1) -> list[int]:
+def due(turn: Turn, frequency: int, staggered: bool, start: int) -> list[int]:
     """The places in the stack of the matrices whose root or basis is to be found anew at this step.
 
-    All at step ``start`` and every ``frequency`` steps; or, staggered, each at a step of its own out of so many.
+    From step ``start`` on: all at that step and every ``frequency`` steps; or, staggered, each at a step of its own out
+    of so many.
     """
     if turn.step < start:
         return []

@@ -70,9 +70,10 @@ class Precondition(Work):
         if not beta1:
             return gradient
         old = held.get("exp_avg")
-        held.put("exp_avg", weighted(old, gradient, beta1, counting))
         correction = (1 - beta3 * beta1 ** (counts.steps - 1).clamp(min=0)).to(gradient.dtype)
-        return (beta3 * old + (1 - beta3) * gradient) / broadcast(correction, gradient)
+        filtered = (beta3 * old + (1 - beta3) * gradient) / broadcast(correction, gradient)
+        held.put("exp_avg", weighted(old, gradient, beta1, counting))
+        return filtered
 
     def _graft(
         self, gradient: torch.Tensor, filtered: torch.Tensor, held: Held, counts: Counts, counting: torch.Tensor

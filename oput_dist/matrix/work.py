@@ -48,7 +48,7 @@ class Held:
         return list(self._shapes)
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``[n, *shape]``, to be read only."""
+        """``[n, *shape]``, to be read only, and no longer once anything is put under the name: it may be a view."""
         parts = [part.view(self._shapes[name]) for part in self._memory[name]]
         stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
         return stacked if dtype is None else stacked.to(dtype)
