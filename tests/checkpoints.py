@@ -85,6 +85,8 @@ CASES = {
     "lamb": Case("lamb", {"clamp": 10.0}, exact=False),
     "adafactor": Case("adafactor", exact=False, groups="one", vectors=True),
     "momo": Case("momo", exact=False, loss=True),
+    "shampoo": Case("shampoo", {"block_size": 4, "precondition_frequency": 2}, exact=False, groups="one", vectors=True),
+    "soap": Case("soap", {"precondition_frequency": 2}, exact=False, vectors=True),
 }
 
 
@@ -144,7 +146,7 @@ class Layout:
     def cases(self, way: str) -> list[str]:
         """The cases that are saved in a way: torch's own for FSDP1 takes no state of other shapes."""
         if way == "whole":
-            return ["bf16", "adafactor", "momo"]
+            return ["bf16", "adafactor", "momo", "shampoo"]
         return [name for name, case in CASES.items() if not (self.fsdp1 and case.vectors)]
 
 

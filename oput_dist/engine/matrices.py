@@ -13,7 +13,7 @@ import torch.distributed as dist
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives import Matrix, Owners
 from oput_dist.collectives.owners import Wholes
-from oput_dist.layout import Layout, LayoutError, within
+from oput_dist.layout import Layout, LayoutError, clean_name, within
 from oput_dist.matrix.work import Held, Turn, Work
 
 from .owned import Owned
@@ -117,7 +117,7 @@ class Matrices:
 
     def __init__(self, plan: Plan, recipes: Sequence[Recipe]) -> None:
         families: dict[object, tuple[dist.ProcessGroup | None, list[Slot], list[_Block]]] = {}
-        counts: dict[int, int] = {}
+        first = _first_numbers(plan, recipes)
         for slot in plan.slots:
             work = recipes[slot.index].whole
             if work is None:
@@ -128,8 +128,7 @@ class Matrices:
             _, slots, blocks = families.setdefault(key, (group, [], []))
             slots.append(slot)
             for i, index in enumerate(work.blocks(tuple(slot.layout.shape))):
-                number = counts[slot.group] = counts.get(slot.group, -1) + 1
-                blocks.append(_Block(slot, i, number, index, work))
+                blocks.append(_Block(slot, i, first[slot] + i, index, work))
         self._families = [
             _Family(slots, blocks, _owners(key, group, slots, blocks, plan.owners_known), group)
             for key, (group, slots, blocks) in families.items()
@@ -155,6 +154,23 @@ class Matrices:
         steps = {number: group.get(MATRIX_STEPS, 0) + 1 for number, group in enumerate(groups)}
         for family in self._families:
             family.run(memory, state, steps)
+
+
+def _first_numbers(plan: Plan, recipes: Sequence[Recipe]) -> dict[Slot, int]:
+    """The number of each slot's first block among those of its group.
+
+    In the order of their names where all are known, as FSDP1's flat parameters come in an order of their own.
+    """
+    named = all(slot.layout.name is not None or "'" in slot.name for slot in plan.slots)
+    ordered = sorted(plan.slots, key=lambda slot: clean_name(slot.name)) if named else plan.slots
+    found: dict[Slot, int] = {}
+    counts: dict[int, int] = {}
+    for slot in ordered:
+        work = recipes[slot.index].whole
+        found[slot] = counts.get(slot.group, 0)
+        blocks = 0 if work is None else len(work.blocks(tuple(slot.layout.shape)))
+        counts[slot.group] = found[slot] + blocks
+    return found
 
 
 def matrices_of(plan: Plan, recipes: Sequence[Recipe]) -> Matrices | None:

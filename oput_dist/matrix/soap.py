@@ -89,7 +89,9 @@ class AdamInEigenbasis(Work):
         Steps are counted from the second one, the first that moves parameters.
         """
         later = Turn(turn.step - 1, turn.numbers)
-        places = list(range(len(turn.numbers))) if turn.step == 1 else due(later, self.frequency, self.staggered, start=0)
+        places = (
+            list(range(len(turn.numbers))) if turn.step == 1 else due(later, self.frequency, self.staggered, start=0)
+        )
         if not places:
             return counts
         fresh = (counts.refreshes[places] == 0).tolist()

@@ -33,6 +33,7 @@ from .muon import *
 from .nadam import *
 from .novograd import *
 from .pid import *
+from .preconditioned import MatrixReport
 from .presets import PRESETS as PRESETS
 from .prodigy import *
 from .qh import *
@@ -57,6 +58,7 @@ from .yogi import *
 __all__ = [
     *(cls.__name__ for cls in OPTIMIZERS.values()),
     "Curved",
+    "MatrixReport",
     "ScheduleFree",
     "Sophia",
     "SophiaReport",

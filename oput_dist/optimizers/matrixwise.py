@@ -77,10 +77,6 @@ class Matrixwise(Optimizer):
     def works_on_matrices(self) -> bool:
         return True
 
-    def advance(self, group: dict[str, Any]) -> None:
-        if MATRIX_STEPS in group:
-            group[MATRIX_STEPS] += 1
-
     def routing(self) -> str:
         """A table of which parameters are worked on as matrices and which go to AdamW, to be printed."""
         return routing_table(self)

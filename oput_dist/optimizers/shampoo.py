@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine import Common, Group, Params, Shape
 from oput_dist.engine.hyper import (
     Allowed,
     Betas,
-    Check,
     Fraction,
     Nonnegative,
     PositiveInteger,
@@ -20,13 +19,11 @@ from oput_dist.engine.hyper import (
     positive,
     share,
 )
-from oput_dist.engine.matrices import MATRIX_STEPS
 from oput_dist.engine.split import Test
-from oput_dist.kernels.language import rule
-from oput_dist.kernels.stage import Measure, Update
 from oput_dist.matrix.shampoo import Precondition
+from oput_dist.matrix.work import Work
 
-from .matrixwise import Matrixwise
+from .preconditioned import Preconditioned
 
 __all__ = ["Shampoo"]
 
@@ -46,17 +43,7 @@ AveragesOrSum = Annotated[
 Exponents = Annotated[tuple[float, ...], Allowed(each(positive, "a tuple of one or more numbers > 0"))]
 
 
-@rule
-def hand_over(p, g, state, h):
-    return (g,), ()
-
-
-@rule
-def take_step(p, g, state, h):
-    return (1.0 - h.rate_decay) * p - h.rate * state[0], ()
-
-
-class Shampoo(Matrixwise):
+class Shampoo(Preconditioned):
     r"""Shampoo: every axis of a gradient multiplied by an inverse root of its own statistics.
 
     For a block :math:`g` of :math:`k` axes, with :math:`\times_i` a product along axis i and :math:`g_{(i)}` the matrix
@@ -118,8 +105,6 @@ class Shampoo(Matrixwise):
     Paper: Gupta et al., https://arxiv.org/abs/1802.09568; Shi et al., https://arxiv.org/abs/2309.06497.
     """
 
-    checks: ClassVar[dict[str, Check]] = {**Matrixwise.checks}
-
     def __init__(
         self,
         params: Params,
@@ -144,8 +129,7 @@ class Shampoo(Matrixwise):
         matrix_params: Test | None = None,
         **common: Unpack[Common],
     ) -> None:
-        defaults = hyperparameters(locals(), "matrix_params")
-        super().__init__(params, matrix_params, {**defaults, MATRIX_STEPS: 0}, common)
+        super().__init__(params, matrix_params, hyperparameters(locals(), "matrix_params"), common)
 
     def check(self, group: Group) -> None:
         method = group["root_method"]
@@ -161,14 +145,14 @@ class Shampoo(Matrixwise):
                     f"be {'whole numbers' if method == 'newton' else 'powers of two from 2 on'}, or take 'eigh'"
                 )
 
-    def matrix_recipe(self, group: Group, shape: Shape) -> Recipe:
+    def work(self, group: Group, shape: Shape) -> Work:
         beta3, stored = group["beta3"], group["factor_dtype"]
         if group["root_method"] == "newton_schulz" and group["exponents"] is None and len(shape) & (len(shape) - 1):
             raise ValueError(
                 f"Shampoo: root_method='newton_schulz' cannot take the root 2k = {2 * len(shape)} of a parameter of "
                 f"shape {tuple(shape)}: put it in a group with root_method='eigh' or with exponents"
             )
-        work = Precondition(
+        return Precondition(
             betas=tuple(group["betas"]),
             beta3=group["betas"][0] if beta3 is None else beta3,
             eps=group["eps"],
@@ -183,10 +167,6 @@ class Shampoo(Matrixwise):
             graft_eps=group["graft_eps"],
             factor_dtype=None if stored is None else getattr(torch, stored),
         )
-        return Recipe((Measure(hand_over, ()), Update(take_step)), whole=work)
-
-    def scalars(self, group: Group, step: int) -> Any:
-        return row_of(**self.others(group, step), rate=group["lr"], rate_decay=decay_rate(group))
 
     def adam_options(self, group: Group) -> dict[str, Any]:
         return {"betas": group["adam_betas"], "eps": group["adam_eps"]}

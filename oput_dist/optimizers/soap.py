@@ -7,20 +7,18 @@ from typing import Any, Literal
 import torch
 from typing_extensions import Unpack
 
-from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
+from oput_dist.engine import Common, Group, Params, Shape
 from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, PositiveInteger, hyperparameters
-from oput_dist.engine.matrices import MATRIX_STEPS
 from oput_dist.engine.split import Test
-from oput_dist.kernels.stage import Measure, Update
 from oput_dist.matrix.soap import AdamInEigenbasis
+from oput_dist.matrix.work import Work
 
-from .matrixwise import Matrixwise
-from .shampoo import hand_over, take_step
+from .preconditioned import Preconditioned
 
 __all__ = ["SOAP"]
 
 
-class SOAP(Matrixwise):
+class SOAP(Preconditioned):
     r"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's statistics.
 
     For a matrix :math:`g` with :math:`Q_L`, :math:`Q_R` the bases of its rows and columns:
@@ -87,12 +85,11 @@ class SOAP(Matrixwise):
         matrix_params: Test | None = None,
         **common: Unpack[Common],
     ) -> None:
-        defaults = hyperparameters(locals(), "matrix_params")
-        super().__init__(params, matrix_params, {**defaults, MATRIX_STEPS: 0}, common)
+        super().__init__(params, matrix_params, hyperparameters(locals(), "matrix_params"), common)
 
-    def matrix_recipe(self, group: Group, shape: Shape) -> Recipe:
+    def work(self, group: Group, shape: Shape) -> Work:
         factor_beta, stored = group["shampoo_beta"], group["factor_dtype"]
-        work = AdamInEigenbasis(
+        return AdamInEigenbasis(
             betas=tuple(group["betas"]),
             factor_beta=group["betas"][1] if factor_beta is None else factor_beta,
             eps=group["eps"],
@@ -102,10 +99,6 @@ class SOAP(Matrixwise):
             block_size=group["block_size"],
             factor_dtype=None if stored is None else getattr(torch, stored),
         )
-        return Recipe((Measure(hand_over, ()), Update(take_step)), whole=work)
-
-    def scalars(self, group: Group, step: int) -> Any:
-        return row_of(**self.others(group, step), rate=group["lr"], rate_decay=decay_rate(group))
 
     def adam_options(self, group: Group) -> dict[str, Any]:
         return {}
