@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .report import plain_table
 from .variants import Program, programs
 
-__all__ = ["DTYPES", "Product", "Row", "faults", "jobs", "product_faults", "products", "report"]
+__all__ = ["DTYPES", "Product", "Row", "faults", "jobs", "product_faults", "product_table", "products", "report"]
 
 DTYPES = {"sm_80": (torch.bfloat16,), "sm_90": (torch.float32,), "gfx942": (torch.float32, torch.bfloat16)}
 """In which every rule is compiled for a target. The two of NVIDIA differ in the last passes only, so each takes one
@@ -149,6 +150,11 @@ def _compile_product(job: tuple[str, torch.dtype, bool]) -> Product:
     wide = made.wide_loads + len(_TO_SHARED.findall(made.assembly))
     cores = len(_MULTIPLY.findall(made.assembly))
     return Product(target, str(dtype).removeprefix("torch."), layout, cores, wide, made.spills)
+
+
+def product_table(rows: Sequence[Product]) -> str:
+    cells = [(r.target, r.dtype, r.layout, str(r.tensor_cores), str(r.wide_loads), str(r.spills)) for r in rows]
+    return plain_table(("target", "dtype", "matrix", "tensor cores", "128-bit loads", "spills"), cells)
 
 
 def product_faults(rows: Sequence[Product]) -> list[str]:
