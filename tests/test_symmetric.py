@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import Executor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from benchmarks.checks import Setup
 from benchmarks.matrix_checks import LAYOUTS, SMALL, drawn, product_error, symmetric_products
 from oput_dist.kernels.symmetric import SUPPORTED, Launch, launch_of
+from oput_dist.matrix import products
 from oput_dist.matrix.products import symmetric
 from tests.test_kernels import interpreter as interpreter
 from tests.test_kernels import run
@@ -24,21 +28,23 @@ SIZES, COLUMNS = (1, 15, 16, 17, 33, 100), (40, 1, 33, 16, 15, 17)
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
 def test_sizes_about_the_tiles(interpreter: Executor, dtype: torch.dtype) -> None:
-    cases = [((3, rows, columns), "plain", True) for rows, columns in zip(SIZES, COLUMNS, strict=True)]
+    cases = [
+        ((3 if rows < 50 else 1, rows, columns), "plain", True) for rows, columns in zip(SIZES, COLUMNS, strict=True)
+    ]
     run(interpreter, symmetric_products, *((Setup(CPU, dtype), *case, SMALL) for case in cases))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_with_and_without_a_matrix_added(interpreter: Executor, layout: str) -> None:
-    cases = [((3, 33, 50), layout, adds) for adds in (True, False)]
+    cases = [((3, 18, 50), layout, adds) for adds in (True, False)]
     run(interpreter, symmetric_products, *((Setup(CPU, dtype), *case, SMALL) for dtype in SUPPORTED for case in cases))
 
 
-@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("group", [1, 2, 8])
 def test_every_tile_is_made_in_any_order(interpreter: Executor, group: int) -> None:
-    """Of ten rows of tiles, bands that divide them and bands that do not."""
+    """Bands that divide the rows of tiles, and bands that do not."""
     launch = Launch(16, 32, group, 4, 2)
-    run(interpreter, symmetric_products, *((Setup(CPU), (2, rows, 32), "plain", True, launch) for rows in (150, 160)))
+    run(interpreter, symmetric_products, *((Setup(CPU), (2, rows, 32), "plain", True, launch) for rows in (64, 80)))
 
 
 @pytest.mark.parametrize("hip", [False, True])
@@ -89,6 +95,48 @@ def test_on_a_cpu(dtype: torch.dtype) -> None:
             got = symmetric(x, given, alpha, beta)
             assert got.dtype == dtype
             assert (got.double() - by_elements(x, given, alpha, beta)).abs().max() <= limit
+
+
+def dispatched_to_the_kernel(adds: bool) -> float:
+    """The error of the dispatch where it takes the kernel, here interpreted."""
+    setup = Setup(CPU)
+    x = drawn(setup, (2, 20, 30), "plain")
+    add = x @ x.mT if adds else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_pays", lambda x: True)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.delattr(torch, "bmm")
+        patch.delattr(torch, "baddbmm")
+        got = symmetric(x, add, 0.7, -1.3)
+    return product_error(setup, got, x, add, 0.7, -1.3)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_with_the_kernel(interpreter: Executor, adds: bool) -> None:
+    assert interpreter.submit(dispatched_to_the_kernel, adds).result() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dtype", "start", "device", "wanted"),
+    [
+        ((1, 2048, 4096), (1, 4096, 1), torch.bfloat16, 0, "cuda", True),
+        ((1, 2048, 4096), (1, 1, 2048), torch.float16, 0, "cuda", True),
+        ((1, 2032, 4096), (1, 4096, 1), torch.bfloat16, 0, "cuda", False),
+        ((1, 2056, 4096), (1, 4096, 1), torch.bfloat16, 0, "cuda", False),
+        ((1, 2048, 4097), (1, 4112, 1), torch.bfloat16, 0, "cuda", False),
+        ((1, 2048, 4096), (1, 4097, 1), torch.bfloat16, 0, "cuda", False),
+        ((1, 2048, 4096), (1, 4096, 1), torch.bfloat16, 2, "cuda", False),
+        ((1, 2048, 4096), (1, 4096, 1), torch.float32, 0, "cuda", False),
+        ((1, 2048, 4096), (1, 4096, 1), torch.bfloat16, 0, "cpu", False),
+    ],
+)
+def test_where_the_kernel_pays(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, start: int, device: str, wanted: bool
+) -> None:
+    of_gpu: Any = SimpleNamespace(
+        shape=shape, stride=lambda: strides, dtype=dtype, data_ptr=lambda: start, device=torch.device(device)
+    )
+    assert products._pays(of_gpu) is wanted
 
 
 def test_what_is_added_must_fit() -> None:
