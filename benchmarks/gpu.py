@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from oput_dist.backends import interpreting
+from oput_dist.kernels.symmetric import SUPPORTED
+from oput_dist.matrix.orthogonal import polar_express
 
-from . import checks, cuda_checks, machine_code
+from . import checks, cuda_checks, machine_code, matrices, matrix_checks
 from .checks import Result, Setup
 from .peers import candidates
 from .report import machine, plain_table, timing_table, write
@@ -74,7 +76,7 @@ def sections(device: torch.device) -> list[Section]:
         for where in dict.fromkeys((device, torch.device("cpu")))
         for variant in few
     ]
-    found: list[Section] = [("against float64", 300.0, right), ("launches, sums, scalars", 70.0, launches)]
+    found: list[Section] = [("against float64", 255.0, right), ("launches, sums, scalars", 70.0, launches)]
     found.append(
         (
             "one rank of a job",
@@ -86,6 +88,7 @@ def sections(device: torch.device) -> list[Section]:
             ],
         )
     )
+    found.append(("matrices", 45.0, matrix_jobs(device)))
     if cuda:
         host: list[Job] = [(f"no waiting: {v.name}", cuda_checks.no_synchronization, (v, fp32)) for v in plain]
         host += [(f"schedule: {v.name}", cuda_checks.schedule_compiles_nothing, (v, fp32)) for v in few]
@@ -96,6 +99,33 @@ def sections(device: torch.device) -> list[Section]:
         ]
         found.append(("the host's side", 90.0, host))
     return found
+
+
+def matrix_jobs(device: torch.device) -> list[Job]:
+    """Symmetric products and what is built of them; on GPUs large ones as they are launched there."""
+    cuda = device.type == "cuda"
+    small = [((3, 100, 40), layout, layout != "strided") for layout in matrix_checks.LAYOUTS]
+    large = [((1, 2_048, 4_096), layout, True) for layout in matrix_checks.LAYOUTS]
+    large += [((2, 1_000, 500), "plain", False), ((2, 2_051, 130), "plain", True)]
+    jobs: list[Job] = [
+        (
+            f"symmetric product {shape}, {layout}, {str(dtype)[6:]}",
+            matrix_checks.symmetric_products,
+            (Setup(device, dtype), shape, layout, adds, None if cuda else matrix_checks.SMALL),
+        )
+        for dtype in SUPPORTED
+        for shape, layout, adds in (*small, *(large if cuda else ()))
+    ]
+    shapes = [(2, 100, 400), *([(2, 2_048, 2_048), (1, 2_048, 8_192)] if cuda else [])]
+    jobs += [
+        (f"Newton-Schulz {shape}, {str(dtype)[6:]}", matrix_checks.newton_schulz, (Setup(device, dtype), shape, polar))
+        for dtype in SUPPORTED
+        for shape in shapes
+        for polar in (polar_express(5), polar_express(8))
+    ]
+    if cuda:
+        jobs.append(("kernel where it pays", matrix_checks.kernel_where_it_pays, (Setup(device, torch.bfloat16),)))
+    return jobs
 
 
 def check(title: str, seconds: float, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -157,7 +187,9 @@ def without_gpu() -> int:
         for r in rows
     ]
     print(plain_table(("program", "target", "dtype", "128-bit loads", "stores", "spills"), cells))
-    found = machine_code.faults(rows)
+    made = machine_code.products()
+    print(f"\nsymmetric products\n{machine_code.product_table(made)}")
+    found = machine_code.faults(rows) + machine_code.product_faults(made)
     print("\n".join(found) or f"all {len(rows)} programs: every access 128 bits wide, nothing spilled")
     return int(bool(found))
 
@@ -201,15 +233,18 @@ def main() -> int:
         print(f"\n{section[0]}", flush=True)
         outcomes += check(*section)
         write(args.out, stem, {"machine": about, "checks": outcomes})  # kept, should a later section hang
-    made, roof, broken = [], math.nan, False
+    made, products, roof, broken = [], [], math.nan, False
     try:
-        made, roof = timings(device, start + LIMIT - 60, quick)
+        made, roof = timings(device, start + LIMIT - 120, quick)
+        products = [] if quick else matrices.timings(device, 9, start + LIMIT - 30)
     except Exception:  # the checks are to be reported all the same
         traceback.print_exc()
         broken = True
     content = {"machine": about, "copy_gb_per_s": roof / 1e9, "checks": outcomes, "rows": made}
+    content["matrices"] = products
     write(args.out, stem, content)
     text = summary(outcomes, made, about, roof)
+    text += f"\nmatrices\n\n{matrices.table(products)}\n" if products else ""
     (args.out / f"{stem}.md").write_text(text)
     faulthandler.cancel_dump_traceback_later()
     print(f"\n{text}\n{time.monotonic() - start:.0f} s")

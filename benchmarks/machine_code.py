@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from .report import plain_table
 from .variants import Program, programs
 
-__all__ = ["DTYPES", "Row", "faults", "jobs", "report"]
+__all__ = ["DTYPES", "Product", "Row", "faults", "jobs", "product_faults", "product_table", "products", "report"]
 
 DTYPES = {"sm_80": (torch.bfloat16,), "sm_90": (torch.float32,), "gfx942": (torch.float32, torch.bfloat16)}
 """In which every rule is compiled for a target. The two of NVIDIA differ in the last passes only, so each takes one
@@ -106,4 +108,64 @@ def faults(rows: Sequence[Row]) -> list[str]:
     for (program, dtype), half in amd.items():
         if dtype == "bfloat16" and amd[program, "float32"].wide_loads - half.wide_loads != half.needed_loads:
             found.append(f"{half} and {amd[program, 'float32']}: loads are not 128 bits wide")
+    return found
+
+
+@dataclass(frozen=True)
+class Product:
+    """A compiled symmetric product."""
+
+    target: str
+    dtype: str
+    layout: str
+    tensor_cores: int
+    """Instructions that multiply matrices."""
+    wide_loads: int
+    """128-bit accesses that read global memory, also into shared memory."""
+    spills: int
+
+
+_MULTIPLY = re.compile(r"mma\.sync\.aligned|wgmma\.mma_async\.sync|v_mfma_f32")
+_TO_SHARED = re.compile(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10")
+
+
+def products(processes: int = 2) -> list[Product]:
+    """The symmetric product of every dtype for every target, of either order in memory."""
+    work = [
+        (target, dtype, transposed)
+        for target in DTYPES
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for transposed in (False, True)
+    ]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(_compile_product, work))
+
+
+def _compile_product(job: tuple[str, torch.dtype, bool]) -> Product:
+    from oput_dist.kernels.compiling import compile_symmetric
+
+    target, dtype, transposed = job
+    made = compile_symmetric(*job)
+    layout = "transposed" if transposed else "plain"
+    wide = made.wide_loads + len(_TO_SHARED.findall(made.assembly))
+    cores = len(_MULTIPLY.findall(made.assembly))
+    return Product(target, str(dtype).removeprefix("torch."), layout, cores, wide, made.spills)
+
+
+def product_table(rows: Sequence[Product]) -> str:
+    cells = [(r.target, r.dtype, r.layout, str(r.tensor_cores), str(r.wide_loads), str(r.spills)) for r in rows]
+    return plain_table(("target", "dtype", "matrix", "tensor cores", "128-bit loads", "spills"), cells)
+
+
+def product_faults(rows: Sequence[Product]) -> list[str]:
+    """What is not as it should be, a line each: 16-bit products without tensor cores, narrow accesses, spills.
+
+    fp32 has tensor cores on AMD only: on NVIDIA they would cut it to TF32.
+    """
+    found = [f"{row}: spills registers" for row in rows if row.spills]
+    found += [f"{row}: reads narrowly" for row in rows if not row.wide_loads]
+    for row in rows:
+        wanted = row.dtype != "float32" or row.target.startswith("gfx")
+        if wanted != bool(row.tensor_cores):
+            found.append(f"{row}: {'no ' if wanted else ''}tensor cores")
     return found

@@ -14,7 +14,7 @@ import torch
 
 from .peers import Candidate
 
-__all__ = ["CASES", "Case", "Timing", "copy_bandwidth", "measure", "ratio"]
+__all__ = ["CASES", "Case", "Timing", "copy_bandwidth", "measure", "ratio", "take_turns"]
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,30 @@ def measure(
         if steps[-1] is None and not timing.error:
             timing.error = "no time left"
     live = [(timing, step) for timing, step in zip(timings, steps, strict=True) if step is not None]
-    repeat = [_repeats(step, device) for _, step in live]
+    taken = take_turns([step for _, step in live], device, rounds, deadline)
+    for (timing, _), seconds in zip(live, taken, strict=True):
+        timing.seconds = seconds
+    return timings
+
+
+def take_turns(
+    steps: Sequence[Callable[[], Any]], device: torch.device, rounds: int, deadline: float = math.inf
+) -> list[list[float]]:
+    """Seconds that each took in every round; they must have run before. ``deadline`` as for :func:`measure`."""
+    repeat = [_repeats(step, device) for step in steps]
+    seconds: list[list[float]] = [[] for _ in steps]
     gc.collect()
     gc.disable()
     try:
         for number in range(rounds):
-            turn = number % max(len(live), 1)  # start each round with another one
-            for i in [*range(turn, len(live)), *range(turn)]:
-                live[i][0].seconds.append(_time(live[i][1], repeat[i], device))
+            turn = number % max(len(steps), 1)  # start each round with another one
+            for i in [*range(turn, len(steps)), *range(turn)]:
+                seconds[i].append(_time(steps[i], repeat[i], device))
             if time.monotonic() > deadline:
                 break
     finally:
         gc.enable()
-    return timings
+    return seconds
 
 
 def _warm(timing: Timing, params: Sequence[torch.Tensor], device: torch.device) -> Callable[[], Any] | None:

@@ -15,8 +15,10 @@ from .boxed import TILES, boxed_constexprs
 from .boxed import boxed as boxes
 from .grouped import constexprs, grouped, num_warps
 from .stage import Prologue, Stage
+from .symmetric import constexprs as symmetric_constexprs
+from .symmetric import launch_of, symmetric
 
-__all__ = ["TARGETS", "Report", "compile_stage"]
+__all__ = ["TARGETS", "Report", "compile_stage", "compile_symmetric"]
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -71,6 +73,29 @@ def compile_stage(
     hip = TARGETS[target][0] == "hip"
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": num_warps(hip)})
     return _report(target, compiled)
+
+
+def compile_symmetric(target: str, dtype: torch.dtype, transposed: bool) -> Report:
+    """Compile the symmetric product that adds a matrix, as it is launched, for a target of :data:`TARGETS`.
+
+    Sizes and strides are multiples of 16. ``transposed``: columns of ``x`` are contiguous, not rows.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hip = TARGETS[target][0] == "hip"
+    launch = launch_of(dtype, hip)
+    # As a launch does it: strides of one are known, and what is a multiple of 16.
+    fixed = {**symmetric_constexprs(dtype, True, launch), "x_row" if transposed else "x_column": 1, "add_column": 1}
+    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    kinds = {"x": pointer, "add": pointer, "out": pointer, "alpha": "fp32", "beta": "fp32"}
+    signature = {name: "constexpr" if name in fixed else kinds.get(name, "i32") for name in symmetric.arg_names}
+    sixteen = [i for i, kind in enumerate(signature.values()) if kind[0] == "*" or kind == "i32"]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in sixteen}
+    source = ASTSource(fn=symmetric, signature=signature, constexprs=fixed, attrs=attrs)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return _report(target, triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options))
 
 
 def _report(target: str, compiled: Any) -> Report:

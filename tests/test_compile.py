@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from benchmarks.machine_code import Row, faults, jobs, report
+from benchmarks.machine_code import Product, Row, faults, jobs, product_faults, products, report
 from benchmarks.variants import bytes_per_element, programs
 from oput_dist.kernels.compiling import TARGETS
 
@@ -31,6 +33,23 @@ def test_every_rule_for_every_target(rows: list[Row]) -> None:
 def test_wide_accesses_and_no_spills(rows: list[Row]) -> None:
     found = faults(rows)
     assert not found, "\n".join(found)
+
+
+def test_symmetric_products() -> None:
+    rows = products()
+    assert {(row.target, row.dtype) for row in rows} == {
+        (target, dtype) for target in TARGETS for dtype in ("float32", "bfloat16", "float16")
+    }
+    found = product_faults(rows)
+    assert not found, "\n".join(found)
+
+
+def test_faults_of_products_are_seen() -> None:
+    right = Product("sm_90", "bfloat16", "plain", tensor_cores=4, wide_loads=24, spills=0)
+    assert not product_faults([right])
+    changes: list[dict[str, Any]] = [{"tensor_cores": 0}, {"wide_loads": 0}, {"spills": 8}, {"dtype": "float32"}]
+    for change in changes:
+        assert len(product_faults([replace(right, **change)])) == 1
 
 
 def test_minimum_traffic() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import matrices
 from benchmarks.peers import Candidate, candidates
 from benchmarks.timing import even, measure, ratio
 
@@ -35,3 +36,17 @@ def test_ratio(elements: int, tensors: int, names: tuple[str, str], limit: float
             return
         seen.append(f"{1000 * ours.median:.1f} ms, {1000 * theirs.median:.1f} ms: ratio {ratio(ours, theirs):.2f}")
     pytest.fail(f"the limit is {limit:.2f}: {'; '.join(seen)}")
+
+
+@pytest.mark.parametrize(("columns", "least"), [(256, 0.8), (1024, 1.1)])
+def test_newton_schulz(monkeypatch: pytest.MonkeyPatch, columns: int, least: float) -> None:
+    """As fast as the plain iteration where matrices are square, and faster where they are four times as wide."""
+    monkeypatch.setattr(matrices, "CPU_SHAPES", [(2, 256, columns)])
+    monkeypatch.setattr(matrices, "ITERATIONS", {"5 steps": matrices.ITERATIONS["5 steps"]})
+    seen = []
+    for _ in range(3):
+        (row,) = matrices.timings(CPU, rounds=5)
+        if row["times_as_fast"] > least:
+            return
+        seen.append(matrices.table([row]))
+    pytest.fail("\n".join(seen))
