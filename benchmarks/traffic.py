@@ -27,7 +27,9 @@ RULE_TRAFFIC = {
     "rmsprop_centered_momentum": (5, 4),
     "muon_momentum": (2, 2),  # g, m -> m, what is worked on
     "muon_nesterov": (2, 2),
-    "muon_adam": (4, 3),
+    "decayed_adam": (4, 3),
+    "hand_over": (1, 1),  # g -> what is worked on
+    "take_step": (2, 1),  # p, what came of it -> p
     "muon_apply": (2, 1),  # p, what came of it -> p
     "nadam": (4, 3),
     "adopt": (4, 3),

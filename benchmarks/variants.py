@@ -27,7 +27,10 @@ COMMON: list[dict[str, Any]] = [
     {"weight_decay": 0.1, "maximize": True, "max_grad_norm": MAX_NORM},
     {"weight_decay": 0.1, "decouple_lr": True, "max_lr": 2 * LR},
 ]
-NEEDED: dict[str, dict[str, Any]] = {"ranger21": {"num_iterations": 100}}  # what has no default
+NEEDED: dict[str, dict[str, Any]] = {
+    "ranger21": {"num_iterations": 100},  # has no default
+    "soap": {"max_preconditioner_dim": 1},  # bases of few gradients depend on rounding, which is compared here
+}
 OWN: dict[str, list[dict[str, Any]]] = {
     "adabelief": [
         {"amsgrad": True},

@@ -255,8 +255,12 @@ def test_add_param_group(name: str) -> None:
         for p, g in zip(other[:2], tensors(100 + step), strict=False):
             p.grad = g
         whole.step()
-    running = {key: optimizer.defaults[key] for key in ("k", "lr_max", "weight_sum") if key in optimizer.defaults}
-    whole.param_groups[1].update(running)  # a group that is added later begins its schedule-free average later
+    running = {
+        key: optimizer.defaults[key]
+        for key in ("k", "lr_max", "weight_sum", "matrix_steps")
+        if key in optimizer.defaults
+    }
+    whole.param_groups[1].update(running)  # a group that is added later begins to count its own steps later
     assert same(found, walk(whole, other, range(2, 5)))
     assert optimizer.state[params[3]]["step"] == 3
 

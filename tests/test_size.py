@@ -89,6 +89,8 @@ NOT_KEPT = {
     "ranger21": ["num_epochs", "num_batches_per_epoch"],
     "adahessian": ["product", "seed"],
     "muon": ["matrix_params"],
+    "shampoo": ["matrix_params"],
+    "soap": ["matrix_params"],
     "sophia": ["estimator"],
     "sophiag": ["seed"],
     "sophiah": ["product", "seed"],

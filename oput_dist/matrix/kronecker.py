@@ -18,7 +18,7 @@ COUNTS = "matrix_counts"
 
 
 class Counts(NamedTuple):
-    """Of each matrix, ``[n]`` float64 on its device, so that no step waits for one."""
+    """Of each matrix, ``[n]`` float64 on its device, so that no step waits for one; kept in fp32."""
 
     steps: torch.Tensor
     """Gradients that counted."""
@@ -30,12 +30,12 @@ class Counts(NamedTuple):
     @staticmethod
     def kept() -> Kept:
         """As state."""
-        return Kept((3,), torch.float64)
+        return Kept((3,), torch.float32)
 
     @classmethod
     def get(cls, held: Held) -> Counts:
         """As they are kept."""
-        return cls(*held.get(COUNTS).unbind(-1))
+        return cls(*held.get(COUNTS, torch.float64).unbind(-1))
 
     def put(self, held: Held) -> None:
         """Keep them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .products import symmetric
+from .work import Held, Turn, Work
 
 __all__ = [
     "NEWTON_SCHULZ",
@@ -19,9 +20,6 @@ __all__ = [
     "polar_express",
     "runs",
 ]
-from .work import Held, Turn, Work
-
-__all__ = ["NEWTON_SCHULZ", "POLAR_EXPRESS", "Coefficients", "Orthogonalize", "orthogonalized", "polar_express"]
 
 Coefficients = tuple[tuple[float, float, float], ...]
 """For each iteration ``(a, b, c)`` of ``x -> (a + b y + c y y) x`` with ``y = x x^T``."""

@@ -74,6 +74,6 @@ class Preconditioned(Matrixwise):
             owned = None if matrices is None else matrices.owned(slot)
             if owned is not None:
                 counts = owned.whole(self.state.get(slot.parameter, {}), COUNTS).view(-1, 3)
-                total += counts.sum(0).cpu()
+                total += counts.sum(0, dtype=torch.float64).cpu()
                 blocks += len(counts)
         return MatrixReport(blocks, *(int(number) for number in total))
