@@ -14,7 +14,7 @@ import torch
 
 from .peers import Candidate
 
-__all__ = ["CASES", "Case", "Timing", "copy_bandwidth", "measure", "ratio", "take_turns"]
+__all__ = ["CASES", "Case", "Timing", "copy_bandwidth", "measure", "median_ratio", "ratio", "take_turns"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,12 @@ class Timing:
 
 def ratio(a: Timing, b: Timing) -> float:
     """How many times as long ``a`` takes: the median over rounds, within which both ran back to back."""
-    pairs = [x / y for x, y in zip(a.seconds, b.seconds, strict=False)]
+    return median_ratio(a.seconds, b.seconds)
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """The median over rounds of the ratio of two times; NaN without any."""
+    pairs = [x / y for x, y in zip(a, b, strict=False)]
     return statistics.median(pairs) if pairs else math.nan
 
 

@@ -1,0 +1,167 @@
+"""Steps of Shampoo, SOAP and Muon beside other libraries', in turns, on the matrices of a small GPT.
+
+    python -m benchmarks.preconditioned [--width 256] [--layers 4] [--rounds 5] [--threads 2]
+
+Roots and bases are found every 10 steps, and blocks are 256 wide, for all that can be told so. Libraries that are not
+installed are left out: ``distributed_shampoo`` (facebookresearch/optimizers) and ``heavyball`` are not among the
+project's own dependencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+import oput_dist as oput
+
+from .timing import median_ratio
+
+EVERY = 10
+BLOCK = 256
+PERIODS = 2  # in a turn: so every turn has as many roots as any other
+Make = Callable[[Sequence[torch.Tensor]], Any]
+
+
+def shapes(width: int, layers: int) -> list[tuple[int, int]]:
+    """The matrices of a GPT."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
+
+
+def facebooks(params: Sequence[torch.Tensor]) -> Any:
+    """Distributed Shampoo with Adam grafted."""
+    shampoo = importlib.import_module("distributed_shampoo")
+    return shampoo.DistributedShampoo(
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        epsilon=1e-12,
+        max_preconditioner_dim=BLOCK,
+        precondition_frequency=EVERY,
+        start_preconditioning_step=1,
+        grafting_config=shampoo.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
+    )
+
+
+def of(library: str, name: str, **options: Any) -> Make:
+    """A class of another library."""
+    return lambda params: getattr(importlib.import_module(library), name)(params, lr=1e-3, **options)
+
+
+CONTENDERS: dict[str, dict[str, Make]] = {
+    "shampoo": {
+        "oput": lambda p: oput.Shampoo(p, lr=1e-3, block_size=BLOCK, precondition_frequency=EVERY),
+        "facebookresearch": facebooks,
+        "pytorch_optimizer": of("pytorch_optimizer", "Shampoo", preconditioning_compute_steps=EVERY),
+        "pytorch_optimizer, blocks": of(
+            "pytorch_optimizer",
+            "ScalableShampoo",
+            block_size=BLOCK,
+            preconditioning_compute_steps=EVERY,
+            start_preconditioning_step=1,
+        ),
+    },
+    "soap": {
+        "oput": lambda p: oput.SOAP(p, lr=1e-3, precondition_frequency=EVERY),
+        "pytorch_optimizer": of("pytorch_optimizer", "SOAP", precondition_frequency=EVERY),
+        "heavyball": of("heavyball", "ForeachSOAP", precondition_frequency=EVERY),
+    },
+    "muon": {
+        "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="float32"),
+        "torch": of("torch.optim", "Muon"),
+        "pytorch_optimizer": of("pytorch_optimizer", "Muon"),
+    },
+}
+
+
+def gradients(params: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Gradients of full rank that differ from step to step, over and over."""
+    kept = [[torch.randn_like(p) for p in params] for _ in range(4)]
+    while True:
+        yield from kept
+
+
+def timed(
+    optimizer: Any, params: Sequence[torch.Tensor], given: Iterator[list[torch.Tensor]], steps: int
+) -> list[float]:
+    """Seconds of each step."""
+    taken = []
+    for _ in range(steps):
+        for p, g in zip(params, next(given), strict=True):
+            p.grad = g.clone()
+        start = time.perf_counter()
+        optimizer.step()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def compare(contenders: dict[str, Make], sizes: Sequence[tuple[int, int]], rounds: int) -> dict[str, list[list[float]]]:
+    """For each contender its steps' seconds in every round; those that cannot be made are left out."""
+    running = {}
+    for name, make in contenders.items():
+        params = [torch.randn(size).mul_(0.02).requires_grad_() for size in sizes]
+        try:
+            optimizer, given = make(params), gradients(params)
+            timed(optimizer, params, given, 2 * EVERY + 1)
+        except Exception as error:  # whatever another library raises
+            print(f"  {name}: left out, {type(error).__name__}: {str(error).splitlines()[0]:.90}")
+            continue
+        running[name] = (optimizer, params, given)
+    found: dict[str, list[list[float]]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, (optimizer, params, given) in running.items():
+            found[name].append(timed(optimizer, params, given, PERIODS * EVERY))
+    return found
+
+
+def row(name: str, turns: list[list[float]], own: list[list[float]]) -> dict[str, Any]:
+    """A line of the table: milliseconds, and how many times as long as ours."""
+    steps = sorted(1e3 * second for turn in turns for second in turn)
+    return {
+        "by": name,
+        "mean": statistics.median(1e3 * statistics.mean(turn) for turn in turns),
+        "median": statistics.median(steps),
+        "p99": steps[min(len(steps) - 1, round(0.99 * len(steps)))],
+        "times ours": median_ratio([sum(turn) for turn in turns], [sum(turn) for turn in own]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--json", help="write the figures to a file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    sizes = shapes(options.width, options.layers)
+    rows = []
+    for rule in options.only:
+        print(f"{rule}: {len(sizes)} matrices, {sum(a * b for a, b in sizes):,} elements, {options.threads} threads")
+        found = compare(CONTENDERS[rule], sizes, options.rounds)
+        for name, turns in found.items():
+            rows.append({"rule": rule, **row(name, turns, found["oput"])})
+            print(
+                "  {by:28} {mean:8.1f} ms a step, median {median:.1f}, p99 {p99:.1f}: {times ours:.2f}".format(
+                    **rows[-1]
+                )
+            )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(
+                {"torch": torch.__version__, "threads": options.threads, "shapes": sizes, "rows": rows}, file, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()
