@@ -133,6 +133,18 @@ class Wrapper(torch.optim.Optimizer):
         return int(getattr(self.inner, "skipped", 0))
 
     @property
+    def optimizer_accumulation(self) -> bool:
+        """Not possible here: a wrapper follows every step of ``inner``."""
+        return False
+
+    @optimizer_accumulation.setter
+    def optimizer_accumulation(self, value: bool) -> None:
+        if value:
+            raise TypeError(
+                f"optimizer_accumulation is not possible with {type(self).__name__}, which follows each step"
+            )
+
+    @property
     def _step_supports_amp_scaling(self) -> bool:
         return bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 

@@ -42,8 +42,9 @@ def why_not_by_bucket(ddp: DistributedDataParallel) -> str | None:
 class Reduction:
     """Averages the gradients of a ``DistributedDataParallel`` and gives each bucket to a receiver at once.
 
-    Gradients are the same to the bit as without: each rank's divided by the number of ranks, then summed. DDP cannot be
-    given another communication hook later; without a receiver this one leaves gradients where DDP itself would.
+    Gradients are the same to the bit as without, where each pass begins without gradients: each rank's times one over
+    the number of ranks, then summed. DDP cannot be given another communication hook later; without a receiver this one
+    leaves gradients where DDP itself would.
 
     Attributes:
         receiver: who gets the parameters of a bucket; None for nobody.
@@ -91,8 +92,7 @@ class Reduction:
         ddp = self._ddp()
         assert ddp is not None
         group = ddp.process_group
-        ranks = dist.get_world_size(group)
-        buffer.div_(ranks) if ddp.gradient_as_bucket_view else buffer.mul_(1.0 / ranks)  # as DDP itself rounds
+        buffer.mul_(1.0 / dist.get_world_size(group))
         dist.all_reduce(buffer, group=group)
         parameters, gradients = bucket.parameters(), bucket.gradients()
         for parameter, gradient in zip(parameters, gradients, strict=True):

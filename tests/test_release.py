@@ -1,0 +1,374 @@
+"""Gradient release is an ordinary step to the bit, frees gradients, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import oput_dist as oput
+from oput_dist.optimizers import OPTIMIZERS
+from oput_dist.wrappers.lookahead import Lookahead
+from tests import releasing
+from tests.pool import Pool
+from tests.releasing import REFUSED, SUPPORTED, apart, batch, differing, held, started, train
+from tests.toy import create
+
+FEW = ["adamw", "lamb", "adafactor", "adamwschedulefree"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone_it_is_the_ordinary_step(dtype: torch.dtype) -> None:
+    assert differing("alone", SUPPORTED, dtype=dtype) == []
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_on_two_ranks_it_is_the_ordinary_step(pool: Pool, wrap: str) -> None:
+    assert pool.run(2, differing, wrap, SUPPORTED) == [[], []]
+
+
+def partitioned(names: list[str]) -> list[str]:
+    return differing("ddp", names, shard_group=dist.group.WORLD)
+
+
+def test_other_layouts_and_options(pool: Pool) -> None:
+    assert differing("alone", FEW, cautious=True, maximize=True) == []
+    assert differing("alone", FEW, backend="eager", state_dtype=torch.float64) == []
+    for wrap in ("ddp", "ddp views", "fsdp2"):  # a third is no binary fraction
+        assert pool.run(3, differing, wrap, FEW) == [[], [], []]
+    assert pool.run(2, partitioned, FEW) == [[], []]
+
+
+def test_every_other_optimizer_is_refused() -> None:
+    assert set(SUPPORTED) | set(REFUSED) == set(OPTIMIZERS)
+    for name, why in REFUSED.items():
+        with pytest.raises(ValueError, match=why):
+            started("alone", name, True)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def deep() -> nn.Sequential:
+    return nn.Sequential(*(layer for _ in range(24) for layer in (nn.Linear(32, 32), nn.Tanh())))
+
+
+def most_alive(wrap: str, release: bool) -> tuple[int, int]:
+    """The most bytes of gradients that are alive whenever one of them becomes final, and the bytes of all."""
+    torch.manual_seed(0)
+    model = deep()
+    if wrap == "fsdp2":
+        for layer in model:
+            releasing.fully_shard(layer)
+        releasing.fully_shard(model)
+    params = list(model.parameters())
+    sizes = [0]
+
+    def bytes_of(tensor: Tensor) -> int:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.numel() * local.element_size()
+
+    def look(p: Tensor) -> None:
+        sizes.append(sum(bytes_of(q.grad) for q in params if q.grad is not None))
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(look)  # before it is released
+    optimizer = oput.AdamW(model, lr=1e-3, gradient_release=release)
+    if release:
+        oput.prepare_for_gradient_release(model, optimizer, ignore_existing_hooks=True)
+    for _ in range(2):
+        model(torch.ones(2, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return max(sizes), sum(bytes_of(p) for p in params)
+
+
+@pytest.mark.parametrize("wrap", ["alone", "fsdp2"])
+def test_ninety_percent_of_the_gradients_are_never_there(pool: Pool, wrap: str) -> None:
+    for release in (False, True):
+        for most, every in pool.run(2, most_alive, wrap, release) if wrap == "fsdp2" else [most_alive(wrap, release)]:
+            assert most == every if not release else most <= 0.1 * every
+
+
+# ------------------------------------------------------------------------------------------------------ around the loop
+
+
+def test_removed_and_prepared_again_it_goes_on(pool: Pool) -> None:
+    for result in (again("alone"), *pool.run(2, again, "ddp"), *pool.run(2, again, "fsdp2")):
+        assert result
+
+
+def again(wrap: str) -> bool:
+    """With release, without, with release again: as without all the way."""
+    plain, other = started(wrap, "lamb", False), started(wrap, "lamb", True)
+    for steps, release in ((range(2), True), (range(2, 4), False), (range(4, 6), True)):
+        train(*plain, steps)
+        if release and steps.start:
+            oput.prepare_for_gradient_release(*other)
+        train(*other, steps)
+        if release:
+            oput.remove_gradient_release(other[0])
+    with pytest.warns(UserWarning, match="not prepared"):
+        oput.remove_gradient_release(other[0])
+    return not apart(held(*other), held(*plain))
+
+
+def test_loops_without_step_and_schedulers(recwarn: pytest.WarningsRecorder) -> None:
+    runs = [started("alone", "adamw", release) for release in (False, True)]
+    for model, optimizer in runs:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        for step in range(3):
+            model(batch(step)).backward()
+            if not optimizer.gradient_release:
+                optimizer.step()
+                optimizer.zero_grad()
+            scheduler.step()
+    assert not apart(held(*runs[1]), held(*runs[0]))
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_resumed_from_a_checkpoint() -> None:
+    plain, other = started("alone", "adamw", False), started("alone", "adamw", True)
+    train(*plain, range(3))
+    train(*other, range(3))
+    fresh = started("alone", "adamw", True)
+    fresh[0].load_state_dict(copy.deepcopy(other[0].state_dict()))
+    fresh[1].load_state_dict(copy.deepcopy(other[1].state_dict()))
+    train(*plain, range(3, 5))
+    train(*fresh, range(3, 5))
+    assert not apart(held(*fresh), held(*plain))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_is_not_prepared(how: str) -> None:
+    pair = started("alone", "adamw", True)
+    train(*pair, range(2))
+    model, optimizer = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    before = held(*pair)
+    train(model, optimizer, range(2, 3))  # an ordinary step
+    assert not apart(held(*pair), before)
+    train(*pair, range(2, 3))
+    assert not apart(held(model, optimizer), held(*pair))
+    oput.prepare_for_gradient_release(model, optimizer)
+    model(batch(3)).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_state_made_early_changes_nothing() -> None:
+    plain, other = started("alone", "lamb", False), started("alone", "lamb", True)
+    assert get_optimizer_state_dict(*other)["state"]
+    train(*plain, range(2))
+    train(*other, range(2))
+    assert not apart(held(*other), held(*plain))
+
+
+def test_frozen_parameters_and_those_of_nobody_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    optimizer = oput.AdamW([*model[0].parameters(), *model[1].parameters()], gradient_release=True)
+    oput.prepare_for_gradient_release(model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["1.weight", "1.bias"]
+    assert model[2].weight.grad is not None
+
+
+def accumulated(wrap: str, release: bool) -> list[Any]:
+    """Two passes whose gradients are not reduced, and one that reduces all."""
+    model, optimizer = started(wrap, "adamw", release)
+    for step in range(6):
+        last = step % 3 == 2
+        if wrap == "ddp":
+            model.require_backward_grad_sync = last  # as no_sync does
+        else:
+            model.set_requires_gradient_sync(last)
+        model(batch(step)).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return held(model, optimizer)
+
+
+def both_accumulated(wrap: str) -> bool:
+    return not apart(accumulated(wrap, True), accumulated(wrap, False))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_passes_without_reduction_accumulate(pool: Pool, wrap: str) -> None:
+    assert pool.run(2, both_accumulated, wrap) == [True, True]
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def prepared() -> tuple[nn.Module, oput.Optimizer]:
+    model = nn.Linear(2, 2)
+    optimizer = oput.AdamW(model, gradient_release=True)
+    oput.prepare_for_gradient_release(model, optimizer)
+    return model, optimizer
+
+
+def test_refused_when_made_or_prepared() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 cannot go together"):
+        oput.AdamW(model, gradient_release=True, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="skip_nonfinite=True cannot go together"):
+        oput.AdamW(model, gradient_release=True, skip_nonfinite=True)
+    with pytest.raises(ValueError, match="gradient_release='yes'"):
+        oput.AdamW(model, gradient_release="yes")  # type: ignore[arg-type]
+    prepare: Callable[..., None] = oput.prepare_for_gradient_release
+    optimizer = oput.AdamW(model, gradient_release=True)
+    with pytest.raises(TypeError, match=r"must be the nn\.Module"):
+        prepare(optimizer, model)
+    with pytest.raises(TypeError, match="this is a SGD"):
+        prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="with Lookahead"):
+        prepare(model, Lookahead(optimizer))
+    with pytest.raises(ValueError, match="make it with gradient_release=True"):
+        prepare(model, oput.AdamW(model))
+    with pytest.raises(ValueError, match="no parameter of the model"):
+        prepare(other, optimizer)
+    model(torch.ones(2)).sum().backward()
+    with pytest.raises(ValueError, match=r"'weight' has a gradient from before: call optimizer.step\(\) or zero_grad"):
+        prepare(model, optimizer)
+    optimizer.zero_grad()
+    handle = model.bias.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="'bias' has a post_accumulate_grad hook already"):
+        prepare(model, optimizer)
+    assert not model.weight._post_accumulate_grad_hooks
+    handle.remove()
+    prepare(model, optimizer)
+    with pytest.raises(ValueError, match="prepared already"):
+        prepare(model, optimizer)
+    with pytest.raises(ValueError, match="a group cannot be added"):
+        optimizer.add_param_group({"params": list(other.parameters())})
+
+
+def test_refused_in_the_loop() -> None:
+    model, optimizer = prepared()
+    x = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"step\(closure\) is not possible"):
+        optimizer.step(lambda: 0.0)
+    for _ in range(2):
+        model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="2 backward passes came before this step"):
+        optimizer.step()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)  # as it does
+    with pytest.raises(RuntimeError, match="GradScaler is not possible"):
+        optimizer.step()
+    del scaler, optimizer.grad_scale, optimizer.found_inf
+    model.weight.grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="'weight' has a gradient that was not released"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = -1.0
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="lr=-1"):
+        model(x).sum().backward()
+    assert torch.equal(model.weight, before)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.zero_grad()
+    model(x).sum().backward()  # and after an error it goes on
+    assert not torch.equal(model.weight, before)
+
+
+def test_reentrant_checkpointing_is_refused_and_the_other_is_right() -> None:
+    x = torch.ones(2, 2, requires_grad=True)
+    for reentrant in (True, False):
+        (model, _), (plain, ordinary) = prepared(), prepared()
+        oput.remove_gradient_release(plain)
+        plain.load_state_dict(model.state_dict())
+        y = checkpoint(model, checkpoint(model, x, use_reentrant=reentrant), use_reentrant=reentrant)
+        before = model.weight.detach().clone()
+        if reentrant:
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                y.sum().backward()
+            assert torch.equal(model.weight, before)
+            continue
+        y.sum().backward()
+        plain(plain(x)).sum().backward()
+        ordinary.step()
+        assert torch.equal(model.weight, plain.weight)
+        assert not torch.equal(model.weight, before)
+
+
+def test_a_use_of_the_old_parameter_in_the_same_pass_is_noticed() -> None:
+    model, _ = prepared()
+    x = torch.ones(2, requires_grad=True)
+    y = x * model.bias.detach()  # its backward pass needs the bias as it was
+    z = model(y * 1.0)
+    z.register_hook(lambda g: None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def refusals() -> None:
+    """What several ranks refuse."""
+    prepare = oput.prepare_for_gradient_release
+
+    def pair(model: nn.Module, cls: Any = oput.AdamW, **options: Any) -> tuple[nn.Module, oput.Optimizer]:
+        return model, cls(model, gradient_release=True, **options)
+
+    with pytest.raises(ValueError, match="several ranks run, and nothing in this model averages"):
+        prepare(*pair(nn.Linear(2, 2)))
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="several ranks run"):
+        prepare(*pair(ddp.module))
+    with pytest.raises(ValueError, match="find_unused_parameters=True"):
+        prepare(*pair(DistributedDataParallel(nn.Linear(2, 2), find_unused_parameters=True)))
+    with pytest.raises(ValueError, match="static_graph=True"):
+        prepare(*pair(DistributedDataParallel(nn.Linear(2, 2), static_graph=True)))
+    ddp.register_comm_hook(None, allreduce_hook)
+    with pytest.raises(ValueError, match="a communication hook is registered already"):
+        prepare(*pair(ddp))
+    flat = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ValueError, match="use fully_shard"):
+        prepare(*pair(flat))
+    with pytest.raises(ValueError, match="several ranks run"):
+        prepare(*pair(nn.Linear(2, 2), shard_group=dist.group.WORLD))
+    mesh = init_device_mesh("cpu", (2,))
+    cut = nn.Linear(2, 2)
+    for name, p in list(cut.named_parameters()):
+        where = [Shard(0)]
+        cut.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh, where)))
+    with pytest.raises(ValueError, match="fully_shard does not reduce"):
+        prepare(*pair(cut))
+
+
+def test_refused_on_several_ranks(pool: Pool) -> None:
+    pool.run(2, refusals)
+
+
+def test_prepared_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = prepared()
+    before = model.weight.detach().clone()
+    monkeypatch.setattr("oput_dist.engine.release._ranks", lambda: 2)
+    with pytest.raises(RuntimeError, match="before init_process_group"):
+        model(torch.ones(2)).sum().backward()
+    assert torch.equal(model.weight, before)
+
+
+def test_a_made_one_that_is_not_prepared_steps_as_ever() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = create("adamw", model, gradient_release=True)
+    model(torch.ones(2)).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
