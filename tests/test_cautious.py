@@ -52,8 +52,8 @@ def test_each_matrix_has_a_factor_of_its_own(name: str) -> None:
     params = [nn.Parameter(value.clone()) for value in values]
     optimizer = create(name, params, lr=0.05, weight_decay=0.1, cautious=True)
     for step in grads:
-        for p, p.grad in zip(params, step, strict=True):
-            pass
+        for p, gradient in zip(params, step, strict=True):
+            p.grad = gradient
         optimizer.step()
     for i, p in enumerate(params):
         other = nn.Parameter(values[i].clone())

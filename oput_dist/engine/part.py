@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 
@@ -25,7 +26,12 @@ class Part(Plan):
             slot.index = index
         return cls(own, own, plan.counters, list(dict.fromkeys(slot.device for slot in own)), PartialSums([], []))
 
+    def next_counts(self, active: Sequence[Slot], state: MutableMapping[torch.Tensor, dict[str, Any]]) -> list[int]:
+        """As that of the whole plan, without reading the counters of all parameters."""
+        self._adopt_counters(active, state)
+        return [int(self.counters[slot.counter]) + 1 for slot in active]
+
     def count(self, active: Sequence[Slot]) -> None:
         """Advance the counters of the parameters of the active slots, each once."""
-        numbers = {slot.counter for slot in active}
-        self.counters[torch.tensor(sorted(numbers), dtype=torch.int64, device="cpu")] += 1
+        for number in {slot.counter for slot in active}:
+            self.counters[number] += 1
