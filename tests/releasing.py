@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import oput_dist as oput
 from oput_dist.optimizers import OPTIMIZERS
+from tests.conformance import gradients, start_values
 from tests.toy import create
+from tests.wrapped import LAYOUTS
 
 REFUSED = {  # and why
     "adahessian": "refresh",
@@ -137,5 +139,27 @@ def differing(wrap: str, names: list[str], **options: Any) -> list[str]:
         for model, optimizer in runs:
             train(model, optimizer, range(STEPS))
         if apart(held(*runs[1]), held(*runs[0])):
+            found.append(name)
+    return found
+
+
+def differing_under(layout: str, names: list[str]) -> list[str]:
+    """The same for the model and the gradients of the conformance harness, some of which are missing in one step."""
+    found = []
+    for name in names:
+        ends = []
+        for release in (False, True):
+            made = LAYOUTS[layout]()
+            params = made.start(start_values(torch.float32))
+            options = {"lr": 0.05, "weight_decay": 0.1, **made.options}
+            averaged = [p for p in params.values() if p.ndim]  # FSDP2 leaves scalars alone
+            optimizer = create(name, averaged, gradient_release=release, **options)
+            if release:
+                oput.prepare_for_gradient_release(made.module, optimizer)
+            for step in range(3):
+                made.give(params, gradients(step, torch.float32))
+                optimizer.step()
+            ends.append(held(made.module, optimizer))
+        if apart(ends[1], ends[0]):
             found.append(name)
     return found

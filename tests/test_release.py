@@ -24,7 +24,7 @@ from oput_dist.optimizers import OPTIMIZERS
 from oput_dist.wrappers.lookahead import Lookahead
 from tests import releasing
 from tests.pool import Pool
-from tests.releasing import REFUSED, SUPPORTED, apart, batch, differing, held, started, train
+from tests.releasing import REFUSED, SUPPORTED, apart, batch, differing, differing_under, held, started, train
 from tests.toy import create
 
 FEW = ["adamw", "lamb", "adafactor", "adamwschedulefree"]
@@ -50,6 +50,11 @@ def test_other_layouts_and_options(pool: Pool) -> None:
     for wrap in ("ddp", "ddp views", "fsdp2"):  # a third is no binary fraction
         assert pool.run(3, differing, wrap, FEW) == [[], [], []]
     assert pool.run(2, partitioned, FEW) == [[], []]
+
+
+def test_strided_shards_and_missing_gradients(pool: Pool) -> None:
+    for layout, ranks, names in (("fsdp2", 3, FEW), ("fsdp2-hsdp", 4, FEW), ("fsdp2-tp", 4, ["adamw", "lion"])):
+        assert pool.run(ranks, differing_under, layout, names) == [[]] * ranks
 
 
 def test_every_other_optimizer_is_refused() -> None:

@@ -60,10 +60,9 @@ def ready_by_bucket(
         if (why := why_not_by_bucket(ddp)) is not None:
             raise ValueError(f"gradient release is not possible under DistributedDataParallel with {why}")
     managed = managed_by_fsdp2()
-    sharded = any(id(slot.parameter) in managed for slot in slots)
     for slot in slots:
         ddps = [ddp for ddp, ids in found.items() if id(slot.parameter) in ids]
-        why = _why_never_final(slot, bool(ddps), managed, sharded)
+        why = _why_never_final(slot, bool(ddps), managed)
         if why is None:
             recipe = optimizer.recipe_of(optimizer.param_groups[slot.group], slot.layout.shape)
             why = _why_no_order(slot, recipe.exchanges > 0, ddps[0].process_group if ddps else None)
@@ -72,7 +71,7 @@ def ready_by_bucket(
     return found
 
 
-def _why_never_final(slot: Slot, by_ddp: bool, managed: set[int], sharded: bool) -> str | None:
+def _why_never_final(slot: Slot, by_ddp: bool, managed: set[int]) -> str | None:
     """Why nothing tells in the backward pass that the gradient of a parameter is final."""
     p = slot.parameter
     if is_flattened(p):
@@ -86,10 +85,11 @@ def _why_never_final(slot: Slot, by_ddp: bool, managed: set[int], sharded: bool)
             f"the module in fully_shard, or {_INSTEAD}"
         )
     several = dist.is_initialized() and dist.get_world_size() > 1
-    if several and not by_ddp and not isinstance(p, DTensor) and not sharded:
+    if several and not by_ddp and not isinstance(p, DTensor):
         return (
             "several ranks run, and nothing in this model averages its gradient; wrap the model in "
-            "DistributedDataParallel or fully_shard first, and give the wrapped model"
+            "DistributedDataParallel or fully_shard first, and give the wrapped model; or give the parameter to "
+            "another optimizer"
         )
     return None
 
