@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -368,6 +370,43 @@ def test_prepared_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="before init_process_group"):
         model(torch.ones(2)).sum().backward()
     assert torch.equal(model.weight, before)
+
+
+def test_evaluation_mode_is_noticed_in_the_backward_pass() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = oput.AdamWScheduleFree(model, gradient_release=True)
+    oput.prepare_for_gradient_release(model, optimizer)
+    model(torch.ones(2)).sum().backward()
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match="is in eval mode"):
+        model(torch.ones(2)).sum().backward()
+    optimizer.train()
+    optimizer.zero_grad()
+    model(torch.ones(2)).sum().backward()
+
+
+def freed(wrap: str) -> bool:
+    """Whether nothing holds a prepared model and optimizer that nobody uses any more."""
+    pair = started(wrap, "adamw", True)
+    train(*pair, range(1))
+    seen = [weakref.ref(one) for one in pair]
+    del pair
+    gc.collect()
+    return all(one() is None for one in seen)
+
+
+def test_they_are_freed_together(pool: Pool) -> None:
+    assert freed("alone")
+    assert pool.run(2, freed, "ddp") == [True, True]
+
+
+def test_under_compile() -> None:
+    runs = []
+    for release in (False, True):
+        model, optimizer = started("alone", "adamw", release)
+        train(torch.compile(model, backend="aot_eager"), optimizer, range(2))
+        runs.append(held(model, optimizer))
+    assert not apart(*runs)
 
 
 def test_a_made_one_that_is_not_prepared_steps_as_ever() -> None:

@@ -255,8 +255,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self.validate(group)
+        self.check_step()
         plan = self._current_plan()
         check_not_replaced(plan.owners, self._model)
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # as GradScaler sets them
@@ -267,6 +266,11 @@ class Optimizer(torch.optim.Optimizer):
         unscale = None if scale is None else 1.0 / scale.double()
         self.end(self.step_on(plan, self._options, not self._begun, loss, unscale))
         return loss
+
+    def check_step(self) -> None:
+        """Raise for hyperparameters, or whatever else, with which no step can be taken now."""
+        for group in self.param_groups:
+            self.validate(group)
 
     def step_on(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +46,7 @@ def prepare_for_gradient_release(
         model: the module, as wrapped: under DDP a bucket is updated once it was averaged, under FSDP2 a parameter once
             its shard was reduced.
         optimizer: made with ``gradient_release=True``; all of its parameters are the model's. Elementwise, or with
-            norms of single parameters.
+            norms of single parameters. A model has one such optimizer; others may have other parameters of it.
         ignore_existing_hooks: go on where parameters have ``post_accumulate_grad`` hooks already. They run first.
 
     Raises:
@@ -147,15 +148,26 @@ class Release:
 
     # ------------------------------------------------------------------------------------------------- setting it up
 
-    def hook(self, parameters: Any) -> None:
+    def hook(self, parameters: Iterable[torch.Tensor]) -> None:
         """Update these parameters one by one."""
+        take = self._taken_weakly()
         for p in parameters:
-            self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self.take([p])))
+            self._handles.append(p.register_post_accumulate_grad_hook(lambda p: take([p])))  # type: ignore[no-untyped-call]
 
     def enter(self, reduction: Reduction) -> None:
         """Update the parameters that DDP reduces, a bucket at a time."""
-        reduction.receiver = self.take
+        reduction.receiver = self._taken_weakly()
         self._reductions.append(reduction)
+
+    def _taken_weakly(self) -> Callable[[Sequence[torch.Tensor]], None]:
+        """:meth:`take` for as long as the model lives, which holds this: torch would keep both alive for ever."""
+        own = weakref.ref(self)
+
+        def take(parameters: Sequence[torch.Tensor]) -> None:
+            if (release := own()) is not None:
+                release.take(parameters)
+
+        return take
 
     def remove(self) -> None:
         """Undo all of that."""
@@ -196,8 +208,7 @@ class Release:
                 "the model, and prepare it again"
             )
         optimizer = self._optimizer
-        for group in optimizer.param_groups:
-            optimizer.validate(group)
+        optimizer.check_step()
         plan = optimizer._current_plan()
         if plan is not self._plan:
             self._lay_out(plan)
