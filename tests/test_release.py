@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import pickle
+import resource
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,6 +113,33 @@ def test_ninety_percent_of_the_gradients_are_never_there(pool: Pool, wrap: str) 
             assert most == every if not release else most <= 0.1 * every
 
 
+def peaks() -> list[float]:
+    """By how much the memory of a process grows with gradient release, and then without, over its gradients' bytes."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(64)))
+    found = []
+    for release in (True, False):
+        optimizer = oput.SGD(model, lr=1e-9, gradient_release=release, backend="foreach")
+        if release:
+            oput.prepare_for_gradient_release(model, optimizer)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(2):
+            model(torch.ones(1, 1024)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if release:
+            oput.remove_gradient_release(model)
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        found.append(grown / sum(4 * p.numel() for p in model.parameters()))
+    return found
+
+
+def test_the_process_grows_by_so_much_less() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        released, ordinary = fresh.submit(peaks).result()
+    assert released + ordinary > 0.9  # the second only counts what goes beyond the first
+    assert released < 0.1
+
+
 # ------------------------------------------------------------------------------------------------------ around the loop
 
 
@@ -193,6 +223,25 @@ def test_frozen_parameters_and_those_of_nobody_are_left_alone() -> None:
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["1.weight", "1.bias"]
     assert model[2].weight.grad is not None
+
+
+def test_freezing_on_the_way() -> None:
+    runs = [started("alone", "adamw", release) for release in (False, True)]
+    for model, optimizer in runs:
+        for steps, frozen in ((range(1), False), (range(1, 3), True), (range(3, 4), False)):
+            model.out.requires_grad_(not frozen)
+            optimizer._plan = None  # as after loading state
+            train(model, optimizer, steps)
+    assert not apart(held(*runs[1]), held(*runs[0]))
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    optimizer = oput.AdamW(model, gradient_release=True)
+    oput.prepare_for_gradient_release(model, optimizer)
+    model.bias.requires_grad_(True)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="'bias' was frozen when gradient release was prepared"):
+        model(torch.ones(2)).sum().backward()
+    assert torch.equal(model.weight, before)
 
 
 def accumulated(wrap: str, release: bool) -> list[Any]:

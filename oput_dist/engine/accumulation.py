@@ -11,7 +11,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
-__all__ = ["check_accumulates", "joint"]
+__all__ = ["NoAccumulation", "check_accumulates", "joint"]
 
 _MOMENTS = {"exp_avg", "momentum_buffer", "momentum_buffer_0"}
 """State that sums or averages gradients, so that one reaches the parameters in a later step."""
@@ -33,6 +33,20 @@ def check_accumulates(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__}: optimizer_accumulation=True is not possible here: {why}; accumulate "
             "gradients instead, by several backward passes before step(), without gradient release"
         )
+
+
+class NoAccumulation:
+    """Of optimizers that follow every step of another one."""
+
+    @property
+    def optimizer_accumulation(self) -> bool:
+        """False: it is not possible here."""
+        return False
+
+    @optimizer_accumulation.setter
+    def optimizer_accumulation(self, value: bool) -> None:
+        if value:
+            raise TypeError(f"{type(self).__name__} follows every step: optimizer_accumulation is not possible with it")
 
 
 def joint(stage: Stage) -> bool:

@@ -210,6 +210,12 @@ class Release:
         optimizer = self._optimizer
         optimizer.check_step()
         plan = optimizer._current_plan()
+        for slot in plan.owners:
+            if slot.parameter.requires_grad and id(slot.parameter) not in self._ids:
+                raise RuntimeError(
+                    f"{slot.name} was frozen when gradient release was prepared: call remove_gradient_release(model) "
+                    "and prepare it again"
+                )
         if plan is not self._plan:
             self._lay_out(plan)
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
@@ -228,11 +234,10 @@ class Release:
         for slot in plan.slots:
             group = optimizer.param_groups[slot.group]
             recipe = optimizer.recipe_of(group, slot.layout.shape)
-            if slot.parameter.requires_grad:
-                kinds.setdefault((recipe, prologue_of(recipe, group), slot.dtype, slot.device), []).append(slot)
+            kinds.setdefault((recipe, prologue_of(recipe, group), slot.dtype, slot.device), []).append(slot)
         self._slots, self._backends, self._parts, self._plan = {}, {}, {}, plan
         for number, slots in enumerate(kinds.values()):
-            numel = sum(slot.numel for slot in slots)
+            numel = sum(slot.numel for slot in slots if slot.parameter.requires_grad)
             chosen = choose(optimizer._options.backends, slots[0].device, numel).name
             for slot in slots:
                 self._slots.setdefault(id(slot.parameter), []).append(slot)
@@ -277,9 +282,8 @@ class Release:
         for slot in optimizer._plan.owners:
             if slot.parameter.grad is not None:
                 raise RuntimeError(
-                    f"{slot.name} has a gradient that was not released: if it was frozen before, call "
-                    "remove_gradient_release(model) and prepare_for_gradient_release again; gradients set by hand, or "
-                    "not reduced yet (no_sync), cannot be stepped on here"
+                    f"{slot.name} has a gradient that was not released: one that was set by hand, or not reduced yet "
+                    "(no_sync), cannot be stepped on here; run a backward pass that reduces it, or call zero_grad()"
                 )
 
 
