@@ -145,7 +145,10 @@ def test_the_process_grows_by_so_much_less() -> None:
 
 
 def test_removed_and_prepared_again_it_goes_on(pool: Pool) -> None:
-    for result in (again("alone"), *pool.run(2, again, "ddp"), *pool.run(2, again, "fsdp2")):
+    for result in (
+        again("alone"),
+        *(one for wrap in ("ddp", "ddp views", "fsdp2") for one in pool.run(2, again, wrap)),
+    ):
         assert result
 
 
@@ -250,7 +253,7 @@ def accumulated(wrap: str, release: bool) -> list[Any]:
     model, optimizer = started(wrap, "adamw", release)
     for step in range(6):
         last = step % 3 == 2
-        if wrap == "ddp":
+        if wrap != "fsdp2":
             model.require_backward_grad_sync = last  # as no_sync does
         else:
             model.set_requires_gradient_sync(last)
@@ -265,7 +268,7 @@ def both_accumulated(wrap: str) -> bool:
     return not apart(accumulated(wrap, True), accumulated(wrap, False))
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrap", ["ddp", "ddp views", "fsdp2"])
 def test_passes_without_reduction_accumulate(pool: Pool, wrap: str) -> None:
     assert pool.run(2, both_accumulated, wrap) == [True, True]
 
@@ -327,10 +330,10 @@ def test_refused_in_the_loop() -> None:
         optimizer.step()
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu")
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)  # as it does
+    scaler.scale(model(x).sum()).backward()
     with pytest.raises(RuntimeError, match="GradScaler is not possible"):
-        optimizer.step()
-    del scaler, optimizer.grad_scale, optimizer.found_inf
+        scaler.step(optimizer)
+    del optimizer.grad_scale, optimizer.found_inf
     model.weight.grad = torch.ones(2, 2)
     with pytest.raises(RuntimeError, match="'weight' has a gradient that was not released"):
         optimizer.step()
