@@ -15,6 +15,10 @@ from .curvature import Hutchinson as Hutchinson
 from .engine import Optimizer as Optimizer
 from .engine import clip_grad_norm_ as clip_grad_norm_
 from .engine import state_bytes as state_bytes
+from .engine.decay import param_groups_weight_decay as param_groups_weight_decay
+from .engine.precision import to_low_precision as to_low_precision
+from .engine.release import prepare_for_gradient_release as prepare_for_gradient_release
+from .engine.release import remove_gradient_release as remove_gradient_release
 from .engine.replicas import ReplicaError as ReplicaError
 from .engine.replicas import check_replicas as check_replicas
 from .engine.whole import full_state_dict as full_state_dict

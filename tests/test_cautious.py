@@ -43,6 +43,27 @@ def test_switched_on_in_training_it_begins_then() -> None:
     assert not same(walk(optimizer, params, range(2, 4)), walk(plain, other, range(2, 4)))
 
 
+@pytest.mark.parametrize("name", ["adafactor", "came", "adammini", "lamb"])
+def test_each_matrix_has_a_factor_of_its_own(name: str) -> None:
+    shapes = [(7, 6), (1, 6), (3, 4), (6, 7)]
+    drawn = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=drawn) for shape in shapes]
+    grads = [[torch.randn(shape, generator=drawn) for shape in shapes] for _ in range(3)]
+    params = [nn.Parameter(value.clone()) for value in values]
+    optimizer = create(name, params, lr=0.05, weight_decay=0.1, cautious=True)
+    for step in grads:
+        for p, gradient in zip(params, step, strict=True):
+            p.grad = gradient
+        optimizer.step()
+    for i, p in enumerate(params):
+        other = nn.Parameter(values[i].clone())
+        optimizer = create(name, [other], lr=0.05, weight_decay=0.1, cautious=True)
+        for step in grads:
+            other.grad = step[i]
+            optimizer.step()
+        assert torch.equal(p, other), shapes[i]
+
+
 def switched_on_where_sums_are_impossible() -> Any:
     module = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=False)
     optimizer = oput.AdamW(module.parameters(), lr=0.1)

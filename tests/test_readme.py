@@ -6,6 +6,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from benchmarks import catalogue
 from oput_dist.optimizers import OPTIMIZERS
@@ -36,3 +39,12 @@ def test_every_optimizer_is_in_the_table_once() -> None:
 def test_the_catalogue_is_what_the_code_says() -> None:
     """``python -m benchmarks.catalogue`` writes it anew."""
     assert catalogue.OUT.read_text() == catalogue.text()
+
+
+def test_examples_on_memory_run(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "memory.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(examples) == 4
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(example, names)
+    assert "bfloat16" in capsys.readouterr().out

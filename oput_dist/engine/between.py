@@ -151,7 +151,8 @@ class Between:
         """The totals of each slot after the stage before ``number``: each sum, then the number of elements."""
         device = slots[0].device
         boundary, table = self._totals[number - 1][device]
-        return table[self._places(("given", number, id(boundary)), boundary, slots, batch)]
+        members = tuple(slot.index for slot in slots)  # a bucket's, or those of one of its stacks
+        return table[self._places(("given", number, id(boundary), members), boundary, slots, batch)]
 
     def _agreed(self, number: int, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
         """``[slots, 1]``: the factor of :class:`Agreed`."""

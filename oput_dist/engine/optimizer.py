@@ -6,24 +6,29 @@ import warnings
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from oput_dist.backends import BACKENDS, check_backend
 from oput_dist.kernels.stage import Update
 from oput_dist.layout import clean_name, is_flattened, reshard_fsdp2
 
+from .accumulation import check_accumulates
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive, signature_checks
 from .load import load_state_dict
 from .model import Model, check_not_replaced
+from .options import GroupHandle, group_handle, options_of, releases
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
 from .rewrite import rewrite
 from .saved import FORMAT, FORMAT_KEY, completed
 from .step import Options, Outcome, Spread, Step
+
+if TYPE_CHECKING:
+    from .release import Release
 
 __all__ = ["Common", "Optimizer", "Params"]
 
@@ -48,6 +53,8 @@ class Common(TypedDict, total=False):
       sums over all parameters span it.
     - ``data_group`` (ProcessGroup): over which an optimizer that needs the loss averages it; by default all ranks.
     - ``shard_group`` (ProcessGroup): partition update and state of replicated parameters over it (ZeRO-1).
+    - ``gradient_release`` (bool, False): allow :func:`oput_dist.prepare_for_gradient_release`, after which each
+      parameter is updated in the backward pass, as soon as its gradient is final, and the gradient is freed.
     - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
       the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
     - ``state_dtype`` (torch.dtype): of the state; the parameter's own by default.
@@ -65,6 +72,7 @@ class Common(TypedDict, total=False):
     model_group: dist.ProcessGroup | None
     data_group: dist.ProcessGroup | None
     shard_group: dist.ProcessGroup | None
+    gradient_release: bool
     module: nn.Module | None
     state_dtype: torch.dtype | None
 
@@ -80,22 +88,6 @@ _GROUP_COMMON: dict[str, Check] = {
 _LATER = ("cautious",)
 """Options that came after the first format: a group has them only where they are set, so that what was saved without
 them loads, also through ``torch.distributed.checkpoint``, which asks for every key of a group."""
-_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class _GroupHandle:
-    """Holds a process group, which can be neither copied nor pickled, inside an optimizer that can."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: Any) -> _GroupHandle:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "an optimizer with shard_group= cannot be pickled, since a process group cannot: save its state_dict()"
-        )
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -107,13 +99,18 @@ class Optimizer(torch.optim.Optimizer):
     Attributes:
         skipped: steps that were left out because a gradient was not finite.
         outcome: what became of the last step; None before the first.
+        gradient_release: whether it was made for gradient release.
         carried: attributes of a class of its own that copies and pickles have too.
+        why_no_release: why gradients cannot be released in the backward pass; None if that depends on the recipe.
+        why_no_accumulation: why gradients cannot be accumulated in the state, likewise.
         checks: what hyperparameters must satisfy that no type of the signature of ``__init__`` says.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
     carried: ClassVar[tuple[str, ...]] = ()
     why_not_cautious: ClassVar[str | None] = None
+    why_no_release: ClassVar[str | None] = None
+    why_no_accumulation: ClassVar[str | None] = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -126,21 +123,18 @@ class Optimizer(torch.optim.Optimizer):
         if unknown:
             known = [*defaults, *Common.__annotations__]
             raise TypeError(f"{owner} has no option {unknown[0]!r}.{nearest(unknown[0], known)}")
-        self._options = Options(
-            _backends(owner, common),
-            _state_dtype(owner, common),
-            _max_grad_norm(owner, common),
-            _skip_nonfinite(owner, common),
-        )
-        self._shard_group = _handle(owner, common, "shard_group")
-        self._model_group = _handle(owner, common, "model_group")
-        self._data_group = _handle(owner, common, "data_group")
+        self._options = options_of(owner, common)
+        self.gradient_release = releases(owner, common, self._options)
+        self._shard_group = group_handle(owner, common, "shard_group")
+        self._model_group = group_handle(owner, common, "model_group")
+        self._data_group = group_handle(owner, common, "data_group")
         self._model = _model(owner, params, common)
         self.skipped = 0
         self.outcome: Outcome | None = None
         self._plan: Plan | None = None
         self._owners_known: dict[Any, Any] = {}
         self._begun = False
+        self._release: Release | None = None
         every = {
             **defaults,
             "decouple_lr": common.get("decouple_lr", False),
@@ -197,6 +191,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyperparameters and parameters are checked first."""
+        if self.__dict__.get("_release") is not None:
+            raise ValueError(
+                f"{type(self).__name__}: a group cannot be added while gradients are released: call "
+                "remove_gradient_release(model), add the group, and prepare_for_gradient_release again"
+            )
         if isinstance(param_group, dict):
             self._check_new_group(param_group)
         super().add_param_group(param_group)
@@ -254,12 +253,14 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def run(self, closure: Callable[[], Any] | None, loss: torch.Tensor | float | None) -> Any:
         """What ``step`` does; ``loss`` is given where the optimizer needs it and there is no closure."""
+        if self._release is not None and not self._may_rehearse():
+            self._release.step(closure)
+            return loss
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self.validate(group)
-        plan, first = self._current_plan(), not self._begun
+        self.check_step()
+        plan = self._current_plan()
         check_not_replaced(plan.owners, self._model)
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # as GradScaler sets them
         if overflow is not None and bool(overflow):
@@ -267,28 +268,57 @@ class Optimizer(torch.optim.Optimizer):
             self.outcome = Outcome.SKIPPED
             return loss
         unscale = None if scale is None else 1.0 / scale.double()
-        spread = self._spread()
-        step = Step(
-            plan,
-            self.param_groups,
-            self.state,
-            self.recipe_of,
-            self.scalars,
-            self._options,
-            first,
-            spread,
-            loss,
-            unscale,
-        )
-        self.outcome = step.run()
-        if self.outcome is Outcome.SKIPPED:
+        self.end(self.step_on(plan, self._options, not self._begun, loss, unscale))
+        return loss
+
+    def check_step(self) -> None:
+        """Raise for hyperparameters, or whatever else, with which no step can be taken now."""
+        for group in self.param_groups:
+            self.validate(group)
+
+    def step_on(
+        self,
+        plan: Plan,
+        options: Options,
+        first: bool,
+        loss: torch.Tensor | float | None = None,
+        unscale: torch.Tensor | None = None,
+    ) -> Outcome:
+        """Update the parameters of a plan: a step, or a part of one. See :class:`Step`; :meth:`end` follows."""
+        groups, spread = self.param_groups, self._spread()
+        return Step(plan, groups, self.state, self.recipe_of, self.scalars, options, first, spread, loss, unscale).run()
+
+    def end(self, outcome: Outcome) -> None:
+        """What follows once all parameters of a step were updated."""
+        self.outcome = outcome
+        if outcome is Outcome.SKIPPED:
             self.skipped += 1
-            return loss
-        if self.outcome is Outcome.DONE:
+            return
+        if outcome is Outcome.DONE and not self._options.accumulate:
             for group in self.param_groups:
                 self.advance(group)
         self._begun = True
-        return loss
+
+    def _may_rehearse(self) -> bool:
+        """Whether a step now can only be meant to create state, see :class:`Step`."""
+        return not self._begun and all(group["lr"] == 0 for group in self.param_groups)
+
+    @property
+    def optimizer_accumulation(self) -> bool:
+        """Whether steps add gradients to the state only, and leave parameters as they are. False at first.
+
+        A step that accumulates updates state and step counters as any step does, on gradients without weight decay.
+        Gradients are not divided by the number of such steps. Setting it to True raises ValueError where no part of
+        the state carries a gradient on to a later step.
+        """
+        return self._options.accumulate
+
+    @optimizer_accumulation.setter
+    def optimizer_accumulation(self, value: bool) -> None:
+        check_group(type(self).__name__, {"optimizer_accumulation": value}, {"optimizer_accumulation": boolean})
+        if value:
+            check_accumulates(self)
+        self._options = replace(self._options, accumulate=bool(value))
 
     @torch.no_grad()
     def rewrite(self, stage: Update, names: tuple[str, ...], scalars: Mapping[int, Any]) -> None:
@@ -301,7 +331,7 @@ class Optimizer(torch.optim.Optimizer):
     def _spread(self) -> Spread:
         model, data = self._model_group, self._data_group
         if data is None and dist.is_initialized():
-            data = _GroupHandle(dist.group.WORLD)  # type: ignore[arg-type]
+            data = GroupHandle(dist.group.WORLD)  # type: ignore[arg-type]
         return Spread(() if model is None else (model.group,), () if data is None else (data.group,))
 
     def _current_plan(self) -> Plan:
@@ -339,6 +369,7 @@ class Optimizer(torch.optim.Optimizer):
             "_data_group",
             "_model",
             "_begun",
+            "gradient_release",
             "skipped",
             "outcome",
             *self.carried,
@@ -348,31 +379,9 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.state = self.state if isinstance(self.state, defaultdict) else defaultdict(dict, self.state)
-        self._plan = None
+        self._plan, self._release = None, None
+        self.__dict__.setdefault("gradient_release", False)
         self.__dict__.setdefault("_owners_known", {})
-
-
-def _backends(owner: str, common: Common) -> tuple[str, ...]:
-    """The backends that ``backend``, ``triton`` and ``foreach`` together leave to choose from."""
-    asked = {name for name in ("triton", "foreach") if common.get(name)}
-    if common.get("backend") is not None:
-        asked.add(str(common["backend"]))
-    if len(asked) > 1:
-        raise ValueError(f"{owner}: {' and '.join(sorted(asked))} are both asked for; give backend= alone")
-    for name in asked:
-        check_backend(name)
-    refused = {name for name in ("triton", "foreach") if common.get(name) is False}
-    return tuple(asked) or tuple(name for name in BACKENDS if name not in refused)
-
-
-def _state_dtype(owner: str, common: Common) -> torch.dtype | None:
-    dtype = common.get("state_dtype")
-    if dtype is not None and dtype not in _STATE_DTYPES:
-        raise ValueError(
-            f"{owner}: state_dtype={dtype!r} is not allowed: must be None or one of "
-            f"{', '.join(map(str, _STATE_DTYPES))}"
-        )
-    return dtype
 
 
 def _model(owner: str, params: Params, common: Common) -> Model | None:
@@ -382,24 +391,3 @@ def _model(owner: str, params: Params, common: Common) -> Model | None:
     if module is None and isinstance(params, nn.Module):
         module = params
     return None if module is None else Model(module)
-
-
-def _max_grad_norm(owner: str, common: Common) -> float | None:
-    value = common.get("max_grad_norm")
-    check_group(owner, {"max_grad_norm": value}, {"max_grad_norm": optional(positive)})
-    return value
-
-
-def _skip_nonfinite(owner: str, common: Common) -> bool:
-    value = common.get("skip_nonfinite", False)
-    check_group(owner, {"skip_nonfinite": value}, {"skip_nonfinite": boolean})
-    return value
-
-
-def _handle(owner: str, common: Common, name: str) -> _GroupHandle | None:
-    group: Any = common.get(name)
-    if group is None:
-        return None
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise TypeError(f"{owner}: {name}={group!r}: must be a process group that this rank belongs to")
-    return _GroupHandle(group)

@@ -39,6 +39,8 @@ class Options:
     state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    accumulate: bool = False
+    """Whether gradients, without weight decay, go into the state only, and parameters stay as they are."""
 
 
 class Outcome(Enum):
@@ -107,7 +109,8 @@ class Step:
         self._spread, self._loss, self._unscale = spread, loss, unscale
         self.real_groups, self.model_groups = groups, spread.model
         self._steps: dict[Slot, int] = {}
-        self._groups = [{**group, "lr": as_scalar(group["lr"])} for group in groups]
+        without = {"weight_decay": 0.0} if options.accumulate else {}
+        self._groups = [{**group, "lr": as_scalar(group["lr"]), **without} for group in groups]
         self._scalars = scalars
         made: dict[tuple[int, torch.Size], int] = {}
         self._kinds: list[tuple[Recipe, Prologue]] = []  # one for slots that are updated alike
@@ -155,7 +158,8 @@ class Step:
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
         self._run_stages(buckets, None if rehearsed else matrices, scratch)
-        finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
+        if not self._options.accumulate:
+            finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
 
     def recipe_of(self, slot: Slot) -> Recipe:
@@ -246,8 +250,9 @@ class Step:
         for key, members in sorted_slots.items():
             recipe, prologue = self._kinds[key[0]]
             slots = [slot for slot, _ in members]
+            values = [slot.flat_parameter() for slot in slots]
             batch = Batch(
-                p=[slot.flat_parameter() for slot in slots],
+                p=[value.clone() for value in values] if self._options.accumulate else values,
                 g=[gradient for _, gradient in members],
                 state=[state[slot] for slot in slots],
                 scalars=self.scalars_of(slots),

@@ -14,6 +14,7 @@ from torch import nn
 from oput_dist.backends import BACKENDS
 from oput_dist.layout import reshard_fsdp2, whole_or_local
 
+from .accumulation import NoAccumulation
 from .agree import gathered, joint_groups
 from .hyper import Check, check_group, signature_checks
 from .kept import Kept
@@ -64,7 +65,7 @@ def inner_of(
     return inner, module
 
 
-class Wrapper(torch.optim.Optimizer):
+class Wrapper(NoAccumulation, torch.optim.Optimizer):
     """An optimizer around another, ``inner``: any of this library's, of torch's, or another wrapper.
 
     Parameter groups are those of ``inner``, so schedulers and users change them in one place. What the wrapper keeps of

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, within
+from .ddp import Reduction, ddp_modules, why_not_by_bucket
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
@@ -34,10 +35,12 @@ __all__ = [
     "Fragment",
     "Layout",
     "LayoutError",
+    "Reduction",
     "boxes_of_range",
     "clean_name",
     "data_groups_of_fsdp1",
     "data_groups_of_fsdp2",
+    "ddp_modules",
     "dense_strides",
     "flat",
     "flattened_in",
@@ -53,6 +56,7 @@ __all__ = [
     "unreduced_by_fsdp1",
     "unreduced_by_fsdp2",
     "whole_or_local",
+    "why_not_by_bucket",
     "within",
 ]
 

@@ -53,6 +53,8 @@ class AccSGD(Optimizer):
     Paper: Kidambi et al., https://arxiv.org/abs/1803.05591.
     """
 
+    why_no_accumulation = "its momentum buffer is an average of places, not of gradients"
+
     def __init__(
         self,
         params: Params,

@@ -120,6 +120,6 @@ class AdaHessian(Curved):
             warnings.warn(
                 "AdaHessian stepped without an estimate of curvature, which it divides by: call "
                 "optimizer.refresh(lambda: loss_function(model(inputs), labels)) before step()",
-                stacklevel=6,
+                stacklevel=8,
             )
         super().advance(group)

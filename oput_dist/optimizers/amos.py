@@ -91,6 +91,8 @@ class Amos(Optimizer):
     Paper: Tian & Parikh, https://arxiv.org/abs/2210.11693.
     """
 
+    why_no_accumulation = "its decay grows with the steps that it takes"
+
     def __init__(
         self,
         params: Params,

@@ -63,6 +63,7 @@ class Curved(Optimizer):
 
     curvature: ClassVar[str] = "hessian"
     carried: ClassVar[tuple[str, ...]] = ("estimator",)
+    why_no_release: ClassVar[str | None] = "refresh() runs backward passes of its own, which must move no parameter"
 
     def __init__(self, params: Params, defaults: dict[str, Any], common: Common, estimator: str | Estimator) -> None:
         self.estimator = estimator_of(type(self).__name__, estimator)

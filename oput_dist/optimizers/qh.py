@@ -23,7 +23,7 @@ from oput_dist.kernels.math import adam_moments, lerp, lookahead
 from oput_dist.kernels.stage import Decay, Update
 
 from .advice import warn_once
-from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars
+from .scalars import WHY_NO_ACCUMULATION, WHY_NOT_CAUTIOUS, lookahead_scalars
 
 __all__ = ["QHM", "QHAdam", "RangerQH"]
 
@@ -227,6 +227,7 @@ class RangerQH(QHAdam):
     """
 
     why_not_cautious = WHY_NOT_CAUTIOUS
+    why_no_accumulation = WHY_NO_ACCUMULATION
 
     def __init__(
         self,

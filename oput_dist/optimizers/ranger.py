@@ -15,7 +15,7 @@ from oput_dist.kernels.stage import Decay
 
 from .advice import warn_once
 from .centralize import centralized
-from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars, rectification
+from .scalars import WHY_NO_ACCUMULATION, WHY_NOT_CAUTIOUS, lookahead_scalars, rectification
 
 __all__ = ["Ranger", "RangerAdaBelief"]
 
@@ -126,6 +126,7 @@ class Ranger(Respelled):
     """Whether L2 decay is centralised too."""
 
     why_not_cautious = WHY_NOT_CAUTIOUS
+    why_no_accumulation = WHY_NO_ACCUMULATION
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from oput_dist.kernels.math import at_least, lerp, lookahead, softplus
 from oput_dist.kernels.stage import Update
 
 from .ranger import RangerCommon, Respelled
-from .scalars import WHY_NOT_CAUTIOUS, lookahead_scalars
+from .scalars import WHY_NO_ACCUMULATION, WHY_NOT_CAUTIOUS, lookahead_scalars
 
 __all__ = ["RangerVA"]
 
@@ -93,6 +93,7 @@ class RangerVA(Respelled):
     """
 
     why_not_cautious = WHY_NOT_CAUTIOUS
+    why_no_accumulation = WHY_NO_ACCUMULATION
 
     def __init__(
         self,

@@ -12,6 +12,9 @@ __all__: list[str] = []
 WHY_NOT_CAUTIOUS = "its lookahead moves parameters back to slow weights, which is no update that could agree"
 """Of optimizers with lookahead; see :attr:`oput_dist.engine.Optimizer.why_not_cautious`."""
 
+WHY_NO_ACCUMULATION = "its lookahead comes every so many steps, and might fall on one that moves no parameter"
+"""Likewise; see :attr:`oput_dist.engine.Optimizer.why_no_accumulation`."""
+
 
 def adam_scalars(group: Group, step: int) -> dict[str, Any]:
     """What Adam's rule takes.

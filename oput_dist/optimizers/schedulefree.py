@@ -86,13 +86,19 @@ class ScheduleFree(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, see :meth:`Optimizer.step`; in train mode only."""
-        rehearsal = not self._begun and all(as_scalar(group["lr"]) == 0 for group in self.param_groups)
-        if not rehearsal and not all(group["train_mode"] for group in self.param_groups):
+        self._check_mode()
+        return super().step(closure)
+
+    def check_step(self) -> None:
+        super().check_step()
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        if not self._may_rehearse() and not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__} is in eval mode: call optimizer.train() before training goes on, as after "
                 "evaluation: optimizer.eval(); evaluate(model); optimizer.train()"
             )
-        return super().step(closure)
 
     def _weights(self, group: Group) -> tuple[Any, Any, Any]:
         """The learning rate after warm-up, the largest so far, and the weight of the coming iterate."""

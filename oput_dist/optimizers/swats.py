@@ -116,6 +116,8 @@ class SWATS(Optimizer):
     Paper: Keskar & Socher, https://arxiv.org/abs/1712.07628.
     """
 
+    why_no_accumulation = "it learns from the steps that it takes when to go on as SGD"
+
     def __init__(
         self,
         params: Params,

@@ -1,0 +1,108 @@
+"""Options of a whole optimizer: checked, and brought into the form that steps take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from oput_dist.backends import BACKENDS, check_backend
+
+from .hyper import boolean, check_group, optional, positive
+from .step import Options
+
+__all__ = ["GroupHandle", "group_handle", "options_of", "releases"]
+
+_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class GroupHandle:
+    """Holds a process group, which can be neither copied nor pickled, inside an optimizer that can."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> GroupHandle:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimizer with shard_group= cannot be pickled, since a process group cannot: save its state_dict()"
+        )
+
+
+def options_of(owner: str, common: Mapping[str, Any]) -> Options:
+    """The options that every step needs.
+
+    Raises:
+        ValueError: for one that is out of range, or that goes with no other that was given.
+    """
+    return Options(
+        _backends(owner, common),
+        _state_dtype(owner, common),
+        _max_grad_norm(owner, common),
+        _skip_nonfinite(owner, common),
+    )
+
+
+def releases(owner: str, common: Mapping[str, Any], options: Options) -> bool:
+    """Whether gradients are to be released in the backward pass.
+
+    Raises:
+        ValueError: together with what needs all gradients at once.
+    """
+    value = common.get("gradient_release", False)
+    check_group(owner, {"gradient_release": value}, {"gradient_release": boolean})
+    for name, given in (("max_grad_norm", options.max_grad_norm), ("skip_nonfinite", options.skip_nonfinite)):
+        if value and given:
+            raise ValueError(
+                f"{owner}: gradient_release=True and {name}={given} cannot go together: {name} must see all gradients "
+                "at once, and gradient release frees each before the next is there; leave one of them out"
+            )
+    return bool(value)
+
+
+def _backends(owner: str, common: Mapping[str, Any]) -> tuple[str, ...]:
+    """The backends that ``backend``, ``triton`` and ``foreach`` together leave to choose from."""
+    asked = {name for name in ("triton", "foreach") if common.get(name)}
+    if common.get("backend") is not None:
+        asked.add(str(common["backend"]))
+    if len(asked) > 1:
+        raise ValueError(f"{owner}: {' and '.join(sorted(asked))} are both asked for; give backend= alone")
+    for name in asked:
+        check_backend(name)
+    refused = {name for name in ("triton", "foreach") if common.get(name) is False}
+    return tuple(asked) or tuple(name for name in BACKENDS if name not in refused)
+
+
+def _state_dtype(owner: str, common: Mapping[str, Any]) -> torch.dtype | None:
+    dtype = common.get("state_dtype")
+    if dtype is not None and dtype not in _STATE_DTYPES:
+        raise ValueError(
+            f"{owner}: state_dtype={dtype!r} is not allowed: must be None or one of "
+            f"{', '.join(map(str, _STATE_DTYPES))}"
+        )
+    return dtype
+
+
+def _max_grad_norm(owner: str, common: Mapping[str, Any]) -> float | None:
+    value: float | None = common.get("max_grad_norm")
+    check_group(owner, {"max_grad_norm": value}, {"max_grad_norm": optional(positive)})
+    return value
+
+
+def _skip_nonfinite(owner: str, common: Mapping[str, Any]) -> bool:
+    value: bool = common.get("skip_nonfinite", False)
+    check_group(owner, {"skip_nonfinite": value}, {"skip_nonfinite": boolean})
+    return value
+
+
+def group_handle(owner: str, common: Mapping[str, Any], name: str) -> GroupHandle | None:
+    group: Any = common.get(name)
+    if group is None:
+        return None
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise TypeError(f"{owner}: {name}={group!r}: must be a process group that this rank belongs to")
+    return GroupHandle(group)
