@@ -45,7 +45,7 @@ def facebooks(params: Sequence[torch.Tensor]) -> Any:
         epsilon=1e-12,
         max_preconditioner_dim=BLOCK,
         precondition_frequency=EVERY,
-        start_preconditioning_step=1,
+        start_preconditioning_step=EVERY,
         grafting_config=shampoo.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
     )
 
@@ -65,7 +65,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
             "ScalableShampoo",
             block_size=BLOCK,
             preconditioning_compute_steps=EVERY,
-            start_preconditioning_step=1,
+            start_preconditioning_step=EVERY,
         ),
     },
     "soap": {
@@ -74,7 +74,8 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "heavyball": of("heavyball", "ForeachSOAP", precondition_frequency=EVERY),
     },
     "muon": {
-        "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="float32"),
+        "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="bfloat16"),
+        "oput, fp32": lambda p: oput.Muon(p, lr=1e-3),
         "torch": of("torch.optim", "Muon"),
         "pytorch_optimizer": of("pytorch_optimizer", "Muon"),
     },

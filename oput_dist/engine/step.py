@@ -188,9 +188,9 @@ class Step:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
                 self._state_of(slot)
                 self._vectors_of(slot)
-                if matrices is not None:
-                    matrices.create(slot, self.state[slot.parameter])
                 self.state[slot.parameter]["step"] = self._plan.counter(slot)
+        if matrices is not None:
+            matrices.create([slot for slot in self._plan.slots if slot.parameter.grad is not None], self.state)
         tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
         return not any(bool((table != 0).any()) for table in tables.values())
 
