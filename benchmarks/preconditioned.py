@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--json", help="write the figures to a file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -149,7 +150,8 @@ def main() -> None:
     rows = []
     for rule in options.only:
         print(f"{rule}: {len(sizes)} matrices, {sum(a * b for a, b in sizes):,} elements, {options.threads} threads")
-        found = compare(CONTENDERS[rule], sizes, options.rounds)
+        wanted = {name: make for name, make in CONTENDERS[rule].items() if name not in options.without}
+        found = compare(wanted, sizes, options.rounds)
         for name, turns in found.items():
             rows.append({"rule": rule, **row(name, turns, found["oput"])})
             print(
