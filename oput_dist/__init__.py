@@ -20,6 +20,9 @@ from .engine.replicas import check_replicas as check_replicas
 from .engine.whole import full_state_dict as full_state_dict
 from .engine.wrapper import Wrapper as Wrapper
 from .optimizers import *
+from .planning import Forecast as Forecast
+from .planning import Machine as Machine
+from .planning import plan as plan
 from .wrappers import ASAM as ASAM
 from .wrappers import EMA as EMA
 from .wrappers import ESAM as ESAM

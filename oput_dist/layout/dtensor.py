@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from .base import Layout, LayoutError
 from .box import Box, Index, one_box
 from .flat import dense_strides
 
-__all__ = ["Distributed", "local_tensor"]
+__all__ = ["Distributed", "Sizes", "index_on", "local_tensor"]
 
 
 class Distributed(Layout):
@@ -50,7 +50,7 @@ class Distributed(Layout):
 
     @functools.cached_property
     def boxes(self) -> tuple[Box, ...]:
-        index = _index(self.shape, self._mesh, self._placements, self._coordinate)
+        index = index_on(self.shape, self._mesh, self._placements, self._coordinate)
         sizes = tuple(_length(part) for part in index)
         if prod(sizes) != self._local_shape.numel():
             raise LayoutError(
@@ -143,7 +143,7 @@ class Distributed(Layout):
 
     def spread(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int] | None:
         placements = [Shard(0)] * self._mesh.ndim
-        (index,) = _index((length,), self._mesh, placements, self._coordinate)
+        (index,) = index_on((length,), self._mesh, placements, self._coordinate)
         local = torch.zeros(_length(index), dtype=dtype, device=self.device)
         tensor = DTensor.from_local(
             local, self._mesh, placements, run_check=False, shape=torch.Size([length]), stride=(1,)
@@ -179,8 +179,16 @@ class _Cut(NamedTuple):
     mesh_dim: int
 
 
-def _index(
-    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], coordinate: Sequence[int]
+class Sizes(Protocol):
+    """What cutting a tensor needs of a mesh."""
+
+    def size(self, mesh_dim: int | None = None) -> int:
+        """Ranks along a dimension; all, for None."""
+        ...
+
+
+def index_on(
+    shape: Sequence[int], mesh: Sizes, placements: Sequence[Placement], coordinate: Sequence[int]
 ) -> tuple[Index, ...]:
     """For each dimension the global indices that the rank at ``coordinate`` of the mesh holds."""
     found: list[Index] = []

@@ -1,0 +1,138 @@
+"""Matrices that are worked on whole: who owns which, what owners keep, and what is sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from oput_dist.backends import compute_dtype
+from oput_dist.collectives.balance import assigned, least_load
+from oput_dist.collectives.routes import WAVE_BYTES, Share, sent_back, sent_to_owners, share_of, waves
+from oput_dist.engine.owned import kept_bytes
+from oput_dist.engine.slot import Slot
+from oput_dist.layout import within
+from oput_dist.matrix.work import Work
+
+from .given import Given
+from .world import World
+
+__all__ = ["Ownership", "ownership"]
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """What each rank has to do with whole matrices, in order."""
+
+    cost: list[float]
+    """Floating-point operations in a step."""
+    kept: list[int]
+    """Bytes that it keeps as an owner."""
+    to_owners: list[int]
+    """Bytes that it sends to owners."""
+    back: list[int]
+    """Bytes that it sends as an owner."""
+    least: tuple[float, float] = (0.0, 0.0)
+    """What the busiest rank must have while no block is split: operations, and bytes."""
+    exchanges: int = 0
+    """All-to-alls."""
+
+    @property
+    def least_imbalance(self) -> tuple[float, float]:
+        """That over the mean."""
+        every = (sum(self.cost), sum(self.kept))
+        time, size = (
+            own * len(self.cost) / total if total else 1.0 for own, total in zip(self.least, every, strict=True)
+        )
+        return time, size
+
+    def plus(self, other: Ownership) -> Ownership:
+        """With what other matrices bring."""
+        columns = ((self.cost, other.cost), (self.kept, other.kept))
+        moved = ((self.to_owners, other.to_owners), (self.back, other.back))
+        return Ownership(
+            *([a + b for a, b in zip(*pair, strict=True)] for pair in (*columns, *moved)),
+            (self.least[0] + other.least[0], self.least[1] + other.least[1]),
+            self.exchanges + other.exchanges,
+        )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Blocks that are cut and worked on alike."""
+
+    shape: tuple[int, ...]
+    work: Work
+    held: tuple[Share, ...]
+    """By each rank."""
+
+
+def ownership(given: Given, world: World, slots: Sequence[Slot]) -> Ownership:
+    """What each rank has to do with whole matrices.
+
+    Args:
+        given: parameters and optimizer.
+        world: the ranks.
+        slots: of any rank.
+    """
+    families: dict[torch.dtype, list[tuple[Slot, Work]]] = {}
+    for slot in slots:
+        work = given.recipe(slot).whole
+        if work is not None:
+            families.setdefault(compute_dtype(slot.dtype), []).append((slot, work))
+    total = Ownership(*([0] * world.ranks for _ in range(4)))
+    for dtype, members in families.items():
+        total = total.plus(_family(dtype, members, world))
+    return total
+
+
+def _family(dtype: torch.dtype, members: Sequence[tuple[Slot, Work]], world: World) -> Ownership:
+    """Of parameters whose blocks travel together, as in :class:`oput_dist.engine.matrices.Matrices`."""
+    workers = 1 if world.replicated else world.ranks
+    known: dict[tuple[torch.Size, Work], list[_Kind]] = {}
+    blocks: list[_Kind] = []
+    for slot, work in members:
+        key = (slot.layout.shape, work)
+        if key not in known:
+            known[key] = _kinds(slot, work, world)
+        blocks += known[key]
+    costs = [block.work.cost(block.shape) for block in blocks]
+    kept = [kept_bytes(block.work, block.shape, dtype) for block in blocks]
+    owners = assigned(costs, workers, None, kept)
+    cost, own = [0.0] * workers, [0] * workers
+    for i, owner in enumerate(owners):
+        cost[owner] += costs[i]
+        own[owner] += kept[i]
+    to, back = _sent(blocks, owners, workers, dtype.itemsize)
+    least = (least_load(costs, workers), least_load(kept, workers))
+    if workers == 1:
+        return Ownership(*(each * world.ranks for each in (cost, own, to, back)), least)
+    number = len(waves([block.shape for block in blocks], owners, workers, dtype.itemsize, WAVE_BYTES))
+    return Ownership(cost, own, to, back, least, 2 * number)
+
+
+def _kinds(slot: Slot, work: Work, world: World) -> list[_Kind]:
+    """The blocks of a parameter."""
+    ranks = range(1 if world.replicated else world.ranks)
+    boxes = [world.layout_of(slot.layout.shape, rank).boxes for rank in ranks]
+    found = []
+    for index in work.blocks(tuple(slot.layout.shape)):
+        held = tuple(share_of([part for box in own for part in within(box, index)]) for own in boxes)
+        found.append(_Kind(tuple(part.stop - part.start for part in index), work, held))
+    return found
+
+
+def _sent(blocks: Sequence[_Kind], owners: Sequence[int], workers: int, itemsize: int) -> tuple[list[int], list[int]]:
+    counts: dict[int, Counter[int]] = {}
+    kinds = {id(block): block for block in blocks}
+    for block, owner in zip(blocks, owners, strict=True):
+        counts.setdefault(id(block), Counter())[owner] += 1
+    to, back = [0] * workers, [0] * workers
+    for key, block in kinds.items():
+        own = [counts[key][rank] for rank in range(workers)]
+        for total, sent in ((to, sent_to_owners(block.held, own)), (back, sent_back(block.held, own))):
+            for rank, elements in enumerate(sent):
+                total[rank] += elements * itemsize
+    return to, back
