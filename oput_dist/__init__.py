@@ -15,6 +15,8 @@ from .curvature import Hutchinson as Hutchinson
 from .engine import Optimizer as Optimizer
 from .engine import clip_grad_norm_ as clip_grad_norm_
 from .engine import state_bytes as state_bytes
+from .engine.memory import Memory as Memory
+from .engine.memory import memory as memory
 from .engine.replicas import ReplicaError as ReplicaError
 from .engine.replicas import check_replicas as check_replicas
 from .engine.whole import full_state_dict as full_state_dict
