@@ -23,20 +23,22 @@ OPTIONS: dict[str, dict[str, Any]] = {"shampoo": {"block_size": 1024}, "soap": {
 HEAD = """# Planning: Llama-3-8B from 1 to 1,024 ranks
 
 `oput.plan` computes this without running anything; this page is written by `python -m benchmarks.plan`. {elements:,}
-fp32 parameters under FSDP2 on one dimension, that is {size:.2f} GiB on N = 1. Shampoo has blocks of 1,024, SOAP of 2,048
-(`block_size`), all else is default: roots and bases every ten steps, embedding and head by AdamW.
+fp32 parameters under FSDP2 on a mesh of one dimension, that is {size:.2f} GiB on N = 1. Shampoo has blocks of 1,024,
+SOAP of 2,048 (`block_size`), all else is default: roots and bases every ten steps, embedding and head by AdamW.
 
 - **state**: GiB of the fullest rank, and over an even share, the state of one process over N.
 - **sent**: MiB a step by the busiest rank, for the optimizer alone: sums; matrices to owners and back, in fp32.
-- **balance**: time and bytes of the owner that has most over the mean; in parentheses what the time is at least while no
-  block is split, where that is above 1.05.
+- **balance**: time and bytes of the owner that has most over the mean; in parentheses what the time is at least while
+  no block is split, where that is above 1.05.
 - **collectives**: a step's. Matrices travel in waves of {wave} MiB for each owner, two all-to-alls each.
-- **step**: estimated milliseconds, nothing overlapped, on `oput.Machine()`: {machine}.
-  None of these constants was measured here; give your own as `machine=`.
+- **step**: estimated milliseconds, nothing overlapped, on the constants of `oput.Machine()`:
+  {machine}.
+  None of these was measured here; give your own as `machine=`.
 
-What the rows show: Muon's 96 largest matrices cannot be dealt to 64 ranks better than two to some, nor 224 matrices to
-256; beyond that ranks stay idle, and HSDP (`mesh=(replicas, shards)`) shares owners over both dimensions alike. Shampoo's
-and SOAP's blocks are many and small, so they balance up to several hundred ranks.
+What the rows show: of Muon's 96 largest matrices some of 64 ranks must have two, and of more than 224 ranks some have
+none: only splitting matrices would go further. Shampoo's and SOAP's blocks are many and small, and balance up to
+several hundred ranks. Adafactor's rows and columns are the same on all ranks, so its share of state grows with N; they
+are small.
 """
 
 
@@ -69,13 +71,14 @@ def text() -> str:
     elements = sum(p.numel() for p in model.parameters())
     constants = ", ".join(f"`{name}={value:g}`" for name, value in vars(oput.Machine()).items())
     lines = [HEAD.format(elements=elements, size=4 * elements / 2**30, wave=WAVE_BYTES // 2**20, machine=constants)]
+    rows = {(ranks, name): _row(model, name.lower(), ranks) for ranks in RANKS for name in OPTIMIZERS}
     for name in OPTIMIZERS:
         lines += [
             f"## {name}",
             "",
             "| N | state | over even share | sent | balance: time, bytes | collectives | step |",
             "| --- | --- | --- | --- | --- | --- | --- |",
-            *(_row(model, name.lower(), ranks) for ranks in RANKS),
+            *(rows[ranks, name] for ranks in RANKS),
             "",
         ]
     lines += ["## One of them in full", "", "```", str(oput.plan(model, "muon", 64)), "```"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 
 __all__ = ["assigned", "least_load"]
@@ -10,7 +11,7 @@ __all__ = ["assigned", "least_load"]
 _EVEN = 1.01
 """Times what the busiest rank must bear in any case: a rank that bears no more is not relieved further."""
 _BYTES = 0.95
-"""What unevenness of bytes counts for, beside that of time: time is lost at every step, memory only where it is full."""
+"""What bytes count for beside time, which is lost at every step: memory is short only where it is full."""
 _RANKS, _KINDS = 16, 24
 """Ranks, with most and with least to do, and kinds of matrices of each, among which relief is sought: bounds the time
 that it takes."""
@@ -57,9 +58,9 @@ def least_load(costs: Sequence[float], ranks: int) -> float:
 
     Of the ``k * ranks + 1`` dearest matrices, ``k + 1`` have the same owner, and weigh no less than the last of them.
     """
-    dearest = sorted(costs, reverse=True)
-    several = [sum(dearest[end - end // ranks : end + 1]) for end in range(0, len(dearest), ranks)]
-    return max([sum(costs) / ranks, *several], default=0.0)
+    first = list(itertools.accumulate(sorted(costs, reverse=True), initial=0.0))
+    several = [first[end + 1] - first[end - end // ranks] for end in range(0, len(costs), ranks)]
+    return max([first[-1] / ranks, *several])
 
 
 class _Relief:

@@ -55,7 +55,8 @@ def buckets(tensors: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequence
 
 def width(tensors: Sequence[Sequence[torch.Tensor]]) -> int:
     """Elements that each rank sends of a bucket: as many as the largest share has, since gloo wants equal sizes."""
-    return max(sum(piece.numel() for piece in share) for share in zip(*tensors, strict=True))
+    shares: list[int] = [sum(piece.numel() for piece in share) for share in zip(*tensors, strict=True)]
+    return max(shares)
 
 
 class _Bucket:

@@ -50,7 +50,7 @@ class Forecast:
     owner_bytes: Spread
     """That owners of matrices keep."""
     least_imbalance: tuple[float, float]
-    """What the imbalance of the two above is at least while no matrix is split: the dearest ones may exceed the mean."""
+    """What the imbalance of both is at least while no matrix is split: the dearest may exceed the mean."""
     seconds: Mapping[str, float]
     """Estimated time of the busiest rank, by purpose; nothing overlaps, so this is the most that it takes."""
 

@@ -103,4 +103,6 @@ def _made(model: Any, optimizer: Any, dtype: torch.dtype, options: Mapping[str, 
         raise ValueError("there are no parameters to plan for: give a module that has some, or shapes by name")
     if isinstance(optimizer, str):
         return create(optimizer, params, **options)
-    return optimizer(params, **options)  # type: ignore[call-arg]
+    make: Any = optimizer
+    made: Optimizer = make(params, **options)
+    return made

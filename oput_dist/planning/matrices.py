@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from .given import Given
 from .world import World
 
 __all__ = ["Ownership", "ownership"]
+
+_NOTHING = share_of([])
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,27 @@ class Ownership:
     @property
     def least_imbalance(self) -> tuple[float, float]:
         """That over the mean."""
-        every = (sum(self.cost), sum(self.kept))
-        time, size = (
-            own * len(self.cost) / total if total else 1.0 for own, total in zip(self.least, every, strict=True)
-        )
-        return time, size
+        time, size = sum(self.cost), sum(self.kept)
+        ranks = len(self.cost)
+        return self.least[0] * ranks / time if time else 1.0, self.least[1] * ranks / size if size else 1.0
 
     def plus(self, other: Ownership) -> Ownership:
         """With what other matrices bring."""
-        columns = ((self.cost, other.cost), (self.kept, other.kept))
-        moved = ((self.to_owners, other.to_owners), (self.back, other.back))
         return Ownership(
-            *([a + b for a, b in zip(*pair, strict=True)] for pair in (*columns, *moved)),
+            _added(self.cost, other.cost),
+            _added(self.kept, other.kept),
+            _added(self.to_owners, other.to_owners),
+            _added(self.back, other.back),
             (self.least[0] + other.least[0], self.least[1] + other.least[1]),
             self.exchanges + other.exchanges,
         )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _added(one: Sequence[Number], other: Sequence[Number]) -> list[Number]:
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,8 @@ class _Kind:
     """Blocks that are cut and worked on alike."""
 
     shape: tuple[int, ...]
-    work: Work
+    cost: float
+    kept: int
     held: tuple[Share, ...]
     """By each rank."""
 
@@ -82,7 +92,8 @@ def ownership(given: Given, world: World, slots: Sequence[Slot]) -> Ownership:
         work = given.recipe(slot).whole
         if work is not None:
             families.setdefault(compute_dtype(slot.dtype), []).append((slot, work))
-    total = Ownership(*([0] * world.ranks for _ in range(4)))
+    none = [0] * world.ranks
+    total = Ownership([0.0] * world.ranks, none, none, none)
     for dtype, members in families.items():
         total = total.plus(_family(dtype, members, world))
     return total
@@ -96,10 +107,9 @@ def _family(dtype: torch.dtype, members: Sequence[tuple[Slot, Work]], world: Wor
     for slot, work in members:
         key = (slot.layout.shape, work)
         if key not in known:
-            known[key] = _kinds(slot, work, world)
+            known[key] = _kinds(slot, work, dtype, world)
         blocks += known[key]
-    costs = [block.work.cost(block.shape) for block in blocks]
-    kept = [kept_bytes(block.work, block.shape, dtype) for block in blocks]
+    costs, kept = [block.cost for block in blocks], [block.kept for block in blocks]
     owners = assigned(costs, workers, None, kept)
     cost, own = [0.0] * workers, [0] * workers
     for i, owner in enumerate(owners):
@@ -108,19 +118,21 @@ def _family(dtype: torch.dtype, members: Sequence[tuple[Slot, Work]], world: Wor
     to, back = _sent(blocks, owners, workers, dtype.itemsize)
     least = (least_load(costs, workers), least_load(kept, workers))
     if workers == 1:
-        return Ownership(*(each * world.ranks for each in (cost, own, to, back)), least)
+        return Ownership(cost * world.ranks, own * world.ranks, to * world.ranks, back * world.ranks, least)
     number = len(waves([block.shape for block in blocks], owners, workers, dtype.itemsize, WAVE_BYTES))
     return Ownership(cost, own, to, back, least, 2 * number)
 
 
-def _kinds(slot: Slot, work: Work, world: World) -> list[_Kind]:
+def _kinds(slot: Slot, work: Work, dtype: torch.dtype, world: World) -> list[_Kind]:
     """The blocks of a parameter."""
     ranks = range(1 if world.replicated else world.ranks)
     boxes = [world.layout_of(slot.layout.shape, rank).boxes for rank in ranks]
     found = []
     for index in work.blocks(tuple(slot.layout.shape)):
-        held = tuple(share_of([part for box in own for part in within(box, index)]) for own in boxes)
-        found.append(_Kind(tuple(part.stop - part.start for part in index), work, held))
+        shape = tuple(part.stop - part.start for part in index)
+        parts = ([part for box in own for part in within(box, index)] for own in boxes)
+        held = tuple(share_of(own) if own else _NOTHING for own in parts)
+        found.append(_Kind(shape, work.cost(shape), kept_bytes(work, shape, dtype), held))
     return found
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from oput_dist.engine import Optimizer
 
 from .forecast import Forecast, Spread
-from .given import Given, given
+from .given import given
 from .machine import Machine
 from .matrices import Ownership, ownership
 from .memory import Held, held
@@ -29,7 +29,7 @@ def plan(
     *,
     layout: str | None = None,
     dtype: torch.dtype = torch.float32,
-    machine: Machine = Machine(),
+    machine: Machine | None = None,
     **options: Any,
 ) -> Forecast:
     """What training will cost each rank: memory, bytes sent, balance, time. Nothing is run, allocated or sent.
@@ -47,7 +47,7 @@ def plan(
             each (``shard_group=``); ``"ddp"``, everything on each rank; ``"hsdp"``, FSDP2 within each row of a mesh of
             two dimensions. Default None: fsdp2, or hsdp for such a mesh.
         dtype: of parameters that are given as shapes. Default float32.
-        machine: the constants of the estimate, see :class:`oput_dist.Machine`.
+        machine: the constants of the estimate; None for :class:`oput_dist.Machine` as it is. Default None.
         **options: of the optimizer.
 
     Returns:
@@ -63,11 +63,12 @@ def plan(
             model = Model()
         print(oput.plan(model, "shampoo", 64, block_size=1024))
     """
-    world = world_of(mesh, layout)
+    world, machine = world_of(mesh, layout), machine or Machine()
     params = given(model, optimizer, dtype, options)
     slots = params.slots(world, 0)
     memory, owners = held(params, world), ownership(params, world, slots)
-    alone = _whole_state(params) if world.ranks > 1 else _state(memory, owners)[0]
+    alone = World("ddp", (1,))
+    kept = sum(owners.kept) // (world.ranks if world.replicated else 1)
     sums, rows = all_reduces(params, world, slots), gathers(world, slots)
     return Forecast(
         optimizer=type(params.optimizer).__name__,
@@ -77,7 +78,7 @@ def plan(
         parameter_bytes=Spread.of([one.parameters for one in memory]),
         gradient_bytes=Spread.of([one.gradients for one in memory]),
         state_bytes=Spread.of(_state(memory, owners)),
-        whole_state_bytes=alone,
+        whole_state_bytes=held(params, alone)[0].state + kept,
         sent=_sent(world, sums, rows, owners),
         collectives={
             "all-reduce": len(sums),
@@ -93,11 +94,6 @@ def plan(
 
 def _state(memory: Sequence[Held], owners: Ownership) -> list[int]:
     return [one.state + kept for one, kept in zip(memory, owners.kept, strict=True)]
-
-
-def _whole_state(params: Given) -> int:
-    one = World("ddp", (1,))
-    return _state(held(params, one), ownership(params, one, params.slots(one, 0)))[0]
 
 
 def _sent(world: World, sums: Sequence[Exchange], rows: Sequence[Exchange], owners: Ownership) -> dict[str, Spread]:

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from oput_dist.collectives import NamedRanks
-from oput_dist.layout import Layout, Plain
+from oput_dist.layout import Layout
 from oput_dist.layout.imagined import Imagined, ImaginedMesh
+from oput_dist.layout.plain import Plain
 
 __all__ = ["LAYOUTS", "World", "world_of"]
 
@@ -44,6 +45,10 @@ class World:
 
     def _layout_of(self, shape: torch.Size, rank: int) -> Layout:
         """Where a rank has which piece of a parameter."""
+        if not shape and self.layout in ("fsdp2", "hsdp"):
+            raise ValueError(
+                f"a parameter without axes does not fit layout={self.layout!r}: fully_shard takes no scalar"
+            )
         if self.replicated:
             return Plain(torch.empty(shape, device="meta"))
         return Imagined(shape, self._mesh, self._placements(shape), rank, self.layout == "zero1")
@@ -77,4 +82,9 @@ def world_of(mesh: int | Sequence[int] | DeviceMesh, layout: str | None) -> Worl
     if len(sizes) != LAYOUTS[layout]:
         needed = "a number of ranks" if LAYOUTS[layout] == 1 else "(replicas, shards)"
         raise ValueError(f"mesh={sizes} does not fit layout={layout!r}, which needs {needed}")
+    return _world(layout, sizes)
+
+
+@functools.lru_cache(maxsize=2)  # one after the other is mostly asked for the same ranks
+def _world(layout: str, sizes: tuple[int, ...]) -> World:
     return World(layout, sizes)
