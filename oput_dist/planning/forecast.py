@@ -43,6 +43,8 @@ class Forecast:
     """What one process alone would hold."""
     sent: Mapping[str, Spread]
     """Bytes that each rank sends, by purpose. What DDP and FSDP send for gradients and parameters is not among it."""
+    sent_bytes: Spread
+    """For all purposes together."""
     collectives: Mapping[str, int]
     """How many there are, by kind."""
     owner_seconds: Spread
@@ -66,12 +68,6 @@ class Forecast:
     def state_share(self) -> float:
         """State of the fullest rank over an even share of all, ``whole_state_bytes / ranks``."""
         return self.state_bytes.most * self.ranks / self.whole_state_bytes if self.whole_state_bytes else 1.0
-
-    @property
-    def sent_bytes(self) -> Spread:
-        """Bytes that each rank sends, for all purposes; least and most are of purposes one by one, added up."""
-        each = list(self.sent.values())
-        return Spread(sum(s.least for s in each), sum(s.most for s in each), sum(s.mean for s in each))
 
     @property
     def step_seconds(self) -> float:

@@ -70,6 +70,7 @@ def plan(
     alone = World("ddp", (1,))
     kept = sum(owners.kept) // (world.ranks if world.replicated else 1)
     sums, rows = all_reduces(params, world, slots), gathers(world, slots)
+    sent = _sent(world, sums, rows, owners)
     return Forecast(
         optimizer=type(params.optimizer).__name__,
         layout=world.layout,
@@ -79,7 +80,8 @@ def plan(
         gradient_bytes=Spread.of([one.gradients for one in memory]),
         state_bytes=Spread.of(_state(memory, owners)),
         whole_state_bytes=held(params, alone)[0].state + kept,
-        sent=_sent(world, sums, rows, owners),
+        sent={purpose: Spread.of(each) for purpose, each in sent.items()},
+        sent_bytes=Spread.of([sum(each) for each in zip(*sent.values(), strict=True)]),
         collectives={
             "all-reduce": len(sums),
             "all-to-all": owners.exchanges,
@@ -96,13 +98,13 @@ def _state(memory: Sequence[Held], owners: Ownership) -> list[int]:
     return [one.state + kept for one, kept in zip(memory, owners.kept, strict=True)]
 
 
-def _sent(world: World, sums: Sequence[Exchange], rows: Sequence[Exchange], owners: Ownership) -> dict[str, Spread]:
+def _sent(world: World, sums: Sequence[Exchange], rows: Sequence[Exchange], owners: Ownership) -> dict[str, list[int]]:
     """Bytes that each rank sends, by purpose."""
     return {
-        "sums": Spread.of([sum(sent for _, sent in sums)]),
-        "to owners": Spread.of(owners.to_owners),
-        "from owners": Spread.of(owners.back),
-        "updated rows": Spread.of([sum(sent for _, sent in rows)]),
+        "sums": [sum(sent for _, sent in sums)] * world.ranks,
+        "to owners": owners.to_owners,
+        "from owners": owners.back,
+        "updated rows": [sum(sent for _, sent in rows)] * world.ranks,
     }
 
 
