@@ -19,6 +19,7 @@ from benchmarks import plan as page
 from oput_dist.collectives import gather as gather_module
 from oput_dist.collectives import owners as owners_module
 from oput_dist.collectives.balance import assigned, least_load
+from oput_dist.collectives.nearness import nearest
 from tests.layouts import Weights
 from tests.pool import Pool
 
@@ -127,13 +128,23 @@ def test_whole_matrices_are_sent_at_the_floor(n: int) -> None:
         assert sent == pytest.approx(4 * floor, rel=0.05), name
 
 
+@pytest.mark.parametrize("n", [2, 3, 8, 64])
+def test_blocks_are_sent_below_the_floor(n: int) -> None:
+    """The floor has it that an owner holds 1/N of a matrix before; of a block it may hold much more."""
+    matrices = {f"p{i}.{k}": shape for i, shape in enumerate([(512, 128), (128, 512), (256, 256)]) for k in range(16)}
+    for name in ("shampoo", "soap"):
+        told = oput.plan(matrices, name, n, block_size=64)
+        floor = 2 * (48 * 2**16 / n) * (n - 1) / n
+        sent = told.sent["to owners"].mean + told.sent["from owners"].mean
+        assert sent <= 4 * floor * (0.6 if n <= 8 else 1.0), (name, sent / floor / 4)
+
+
 @pytest.mark.parametrize("name", MATRIX)
 @pytest.mark.parametrize("n", [8, 64])
-def test_blocks_of_llama_are_sent_at_the_floor(name: str, n: int) -> None:
-    """The floor has it that an owner holds 1/N of a block before. Of few small blocks it may hold more or less."""
+def test_matrices_of_llama_are_sent_at_most_at_the_floor(name: str, n: int) -> None:
     told = oput.plan(page.llama(), name, n, **page.OPTIONS.get(name, {}))
     floor = 2 * (32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) / n) * (n - 1) / n
-    assert told.sent["to owners"].mean + told.sent["from owners"].mean == pytest.approx(4 * floor, rel=0.05)
+    assert told.sent["to owners"].mean + told.sent["from owners"].mean <= 4 * floor * 1.001
 
 
 def test_one_process_holds_and_sends_what_ddp_does_for_itself() -> None:
@@ -233,6 +244,14 @@ def test_owners_stay_and_all_is_the_same_again() -> None:
     assert owners == assigned(costs, 7, settled, kept)
     assert all(owners[i] == owner for i, owner in settled.items())
     assert set(owners) == set(range(7))
+
+
+def test_owners_of_what_is_alike_are_exchanged_for_those_who_hold_it() -> None:
+    owners, kinds = [0, 1, 0, 1, 0], ["a", "a", "a", "b", "a"]
+    sizes = [(0, 8), (8, 0), (2, 6), (8, 0), (4, 4)]
+    assert nearest(owners, kinds, sizes, {}) == [1, 0, 0, 1, 0]
+    assert nearest(owners, kinds, sizes, {0: 0}) == [0, 0, 1, 1, 0]
+    assert nearest(owners, kinds, [(4, 4)] * 5, {}) == owners
 
 
 def test_the_least_load() -> None:

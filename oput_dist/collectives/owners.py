@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .balance import assigned
+from .nearness import nearest
 from .routes import WAVE_BYTES, Share, first_holders, share_of, waves
 
 __all__ = ["Matrix", "Owners", "Wholes"]
@@ -66,7 +67,9 @@ class Owners:
             held = [None] * ranks
             dist.all_gather_object(held, own, group=group)
         self._held: list[list[Share]] = held
-        self.owners = assigned([m.cost for m in matrices], ranks, settled, [m.kept for m in matrices])
+        owners = assigned([m.cost for m in matrices], ranks, settled, [m.kept for m in matrices])
+        sizes = [[rank[i].numel for rank in held] for i in range(len(matrices))]
+        self.owners = nearest(owners, [(m.cost, m.kept) for m in matrices], sizes, settled or {})
         self._senders = [first_holders([rank[i] for rank in held]) for i in range(len(matrices))]
         self._waves = waves([m.shape for m in matrices], self.owners, ranks, itemsize, WAVE_BYTES)
 

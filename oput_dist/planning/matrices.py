@@ -11,6 +11,7 @@ import torch
 
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives.balance import assigned, least_load
+from oput_dist.collectives.nearness import nearest
 from oput_dist.collectives.routes import WAVE_BYTES, Share, sent_back, sent_to_owners, share_of, waves
 from oput_dist.engine.owned import kept_bytes
 from oput_dist.engine.slot import Slot
@@ -77,6 +78,8 @@ class _Kind:
     kept: int
     held: tuple[Share, ...]
     """By each rank."""
+    sizes: tuple[int, ...]
+    """Of what each holds, in elements."""
 
 
 def ownership(given: Given, world: World, slots: Sequence[Slot]) -> Ownership:
@@ -110,7 +113,8 @@ def _family(dtype: torch.dtype, members: Sequence[tuple[Slot, Work]], world: Wor
             known[key] = _kinds(slot, work, dtype, world)
         blocks += known[key]
     costs, kept = [block.cost for block in blocks], [block.kept for block in blocks]
-    owners = assigned(costs, workers, None, kept)
+    kinds = list(zip(costs, kept, strict=True))
+    owners = nearest(assigned(costs, workers, None, kept), kinds, [block.sizes for block in blocks], {})
     cost, own = [0.0] * workers, [0] * workers
     for i, owner in enumerate(owners):
         cost[owner] += costs[i]
@@ -132,7 +136,9 @@ def _kinds(slot: Slot, work: Work, dtype: torch.dtype, world: World) -> list[_Ki
         shape = tuple(part.stop - part.start for part in index)
         parts = ([part for box in own for part in within(box, index)] for own in boxes)
         held = tuple(share_of(own) if own else _NOTHING for own in parts)
-        found.append(_Kind(shape, work.cost(shape), kept_bytes(work, shape, dtype), held))
+        found.append(
+            _Kind(shape, work.cost(shape), kept_bytes(work, shape, dtype), held, tuple(own.numel for own in held))
+        )
     return found
 
 
