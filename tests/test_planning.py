@@ -308,6 +308,7 @@ def test_the_page_is_what_the_code_says() -> None:
         (lambda: oput.plan(shapes(), "shampo", 2), ValueError, "unknown optimizer 'shampo'. Did you mean 'shampoo'"),
         (lambda: oput.plan({}, "adamw", 2), ValueError, "no parameters"),
         (lambda: oput.plan(nn.ReLU(), "adamw", 2), ValueError, "no parameters"),
+        (lambda: oput.plan(nn.Linear(2, 2).requires_grad_(False), "adamw", 2), ValueError, "all parameters are frozen"),
         (lambda: oput.plan(shapes(), "adamw", 0), ValueError, "mesh=0 is not allowed"),
         (lambda: oput.plan(shapes(), "adamw", (2, 2), layout="fsdp2"), ValueError, "does not fit layout='fsdp2'"),
         (lambda: oput.plan(shapes(), "adamw", 4, layout="hsdp"), ValueError, r"needs \(replicas, shards\)"),

@@ -12,9 +12,9 @@ _EVEN = 1.01
 """Times what the busiest rank must bear in any case: a rank that bears no more is not relieved further."""
 _BYTES = 0.95
 """What bytes count for beside time, which is lost at every step: memory is short only where it is full."""
-_RANKS, _KINDS = 16, 24
-"""Ranks, with most and with least to do, and kinds of matrices of each, among which relief is sought: bounds the time
-that it takes."""
+_RANKS, _KINDS, _MOST = 8, 12, 2048
+"""Ranks, with most and with least to do, and kinds of matrices of each, among which relief is sought, and how often:
+bounds the time that it takes to some seconds, also for a thousand ranks and ten thousand kinds."""
 
 
 def assigned(
@@ -89,8 +89,8 @@ class _Relief:
             self._has[owners[i]].append(i)
 
     def run(self) -> None:
-        """Until there is no relief; at most a few times for each rank."""
-        for _ in range(4 * len(self._load)):
+        """Until there is no relief, or for long enough."""
+        for _ in range(min(4 * len(self._load), _MOST)):
             by_load = sorted(range(len(self._load)), key=lambda rank: (max(self._load[rank]), rank))
             burdened = [rank for rank in reversed(by_load[-_RANKS:]) if max(self._load[rank]) > _EVEN]
             found = next((best for rank in burdened if (best := self._best(rank, by_load[:_RANKS]))), None)

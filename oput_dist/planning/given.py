@@ -68,6 +68,8 @@ def given(
             "FSDP1 (FullyShardedDataParallel) flattened these parameters, so their shapes are not known: plan with the "
             "module as it was before, on the meta device if it is large"
         )
+    if not any(p.requires_grad for _, p in every):
+        raise ValueError("there is nothing to plan for: all parameters are frozen")
     return Given(
         made, tuple((i, p) for i, p in every if p.requires_grad), tuple(p for _, p in every if not p.requires_grad)
     )
