@@ -16,7 +16,7 @@ from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import Layout, LayoutError, clean_name, within
 from oput_dist.matrix.work import Held, Turn, Work
 
-from .owned import Owned, allocate
+from .owned import Owned, allocate, kept_bytes
 from .plan import Plan
 from .recipe import Group, Recipe
 from .slot import Slot
@@ -234,13 +234,14 @@ def _owners(
 
 def _matrix(block: _Block, piece: int) -> Matrix:
     boxes = [part for box in block.slot.boxes for part in within(box, block.index)]
-    return Matrix(block.shape, block.work.cost(block.shape), boxes, piece)
+    kept = kept_bytes(block.work, block.shape, block.slot.dtype)
+    return Matrix(block.shape, block.work.cost(block.shape), kept, boxes, piece)
 
 
 def _facts(matrix: Matrix) -> tuple[object, ...]:
     """What a plan of owners is made from, as plain values."""
     places = [(box.start, box.shape, box.strides, [str(part) for part in box.index]) for box in matrix.boxes]
-    return matrix.shape, matrix.cost, matrix.piece, repr(places)
+    return matrix.shape, matrix.cost, matrix.kept, matrix.piece, repr(places)
 
 
 def sharing_group(name: str, layout: Layout) -> dist.ProcessGroup | None:

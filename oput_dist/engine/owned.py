@@ -15,7 +15,7 @@ from oput_dist.matrix.work import Kept, Work
 
 from .slot import Slot
 
-__all__ = ["Owned", "Range", "allocate", "kept_by"]
+__all__ = ["Owned", "Range", "allocate", "kept_by", "kept_bytes"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def _state(each: Sequence[tuple[int, Kept]]) -> _State:
         ranges.append(Range(block, at, prod(kept.shape)))
         at += prod(kept.shape)
     return _State(each[0][1].dtype, tuple(ranges), at)
+
+
+def kept_bytes(work: Work, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes that the owner of one block keeps, for parameters of a dtype."""
+    return sum(prod(kept.shape) * kept.dtype.itemsize for kept in work.kept(shape, compute_dtype(dtype)).values())
 
 
 class Owned:
