@@ -6,6 +6,7 @@ As in ``tests/conformance.py`` the ranks only report what they hold; the parent 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -40,6 +41,15 @@ class World:
     """At the top of the configuration."""
     given: str = "config"
     """How the optimizer is given: by its name in the configuration, or as an "instance" or a "callable"."""
+    dtype: str = "fp32"
+    """Of the engine: "fp32", "bf16" or "fp16". In low precision the first rank alone has gradients, which are exact."""
+    init: bool = False
+    """Whether parameters are partitioned from the beginning (``zero.Init``)."""
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        low = {"bf16": {"enabled": True}, "fp16": {"enabled": True, "loss_scale": 8.0 if self.stage else 1.0}}
+        return {} if self.dtype == "fp32" else {self.dtype: low[self.dtype]}
 
 
 def start_values() -> dict[str, Tensor]:
@@ -78,6 +88,7 @@ def enter() -> Any:
             setattr(groups, name, None)
         groups.mesh_device = None
         deepspeed.zero.Init.param_id = 0  # counts alike on ranks that were in other worlds before
+        gc.freeze()  # every engine of stage 3 collects garbage, 0.4 s in a process that has imported so much
     return deepspeed
 
 
@@ -105,14 +116,18 @@ class Driven:
         self._engine.basic_optimizer.update_hessian(batch_size)
 
     def step(self, loss: float = 0.0) -> None:
-        value = self._engine(self._factors)
-        self._engine.backward(value - value.detach() + loss)
-        self._engine.step()
+        micro = self._engine.gradient_accumulation_steps()
+        for weight in [0.5, 1.5] if micro == 2 else [1.0] * micro:  # whose mean is 1
+            value = self._engine({name: factor * weight for name, factor in self._factors.items()})
+            self._engine.backward(value - value.detach() + loss)
+            self._engine.step()
 
 
-def parts(step: int, rank: int, ranks: int) -> dict[str, Tensor]:
+def parts(step: int, rank: int, ranks: int, alone: bool = False) -> dict[str, Tensor]:
     """This rank's share of the gradients: the mean over ranks is the gradient, exactly."""
     whole = gradients(step)
+    if alone:
+        return {name: g * ranks * (rank == 0) for name, g in whole.items()}
     shares = {
         name: [on_grid(7000 + 100 * step + 10 * r + i, tuple(g.shape), torch.float32) for r in range(ranks - 1)]
         for i, (name, g) in enumerate(whole.items())
@@ -127,12 +142,12 @@ def engine_of(deepspeed: Any, case: Case, world: World) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,  # the default clips at 1
         "zero_optimization": {"stage": world.stage, **world.options},
+        **world.precision,
         **world.config,
     }
-    init = deepspeed.zero.Init if world.options.get("stage3_max_live_parameters") else None
     model = Weights(start_values())
-    if init is not None:
-        init(module=model, config_dict_or_path=config)
+    if world.init:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
     groups = grouped(dict(model.named_parameters()), case, world.groups)
     optimizer: Any = None
     if world.given == "config":
@@ -145,8 +160,14 @@ def engine_of(deepspeed: Any, case: Case, world: World) -> Any:
 
 
 def weights(deepspeed: Any, engine: Any) -> Weighed:
-    """The model's whole parameters, as a forward pass sees them."""
+    """The model's whole parameters, as a forward pass sees them; in low precision their fp32 copies."""
     params = dict(engine.module.named_parameters())
+    outer = engine.optimizer
+    if hasattr(outer, "fp32_groups"):
+        pairs = [pair for both in zip(outer.fp16_groups, outer.fp32_groups, strict=True) for pair in zip(*both)]
+        return {name: next(high for low, high in pairs if low is p).detach().numpy().copy() for name, p in params.items()}
+    if not engine.module.one.dtype == torch.float32:
+        return {name: deepspeed.utils.safe_get_full_fp32_param(p).numpy() for name, p in params.items()}
     with deepspeed.zero.GatheredParameters(list(params.values()), enabled=engine.zero_optimization_stage() == 3):
         return {name: p.detach().float().numpy().copy() for name, p in params.items()}
 
@@ -156,7 +177,7 @@ def train(deepspeed: Any, case: Case, world: World, steps: range = range(LAST + 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     difference = {0: 1.0, 1: -1.0}.get(rank, 0.0) if ranks > 1 else 0.0
     for step in steps:
-        case.advance(Driven(engine, parts(step, rank, ranks)), step, difference)
+        case.advance(Driven(engine, parts(step, rank, ranks, world.dtype != "fp32")), step, difference)
     return engine
 
 

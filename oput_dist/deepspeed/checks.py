@@ -47,6 +47,12 @@ def check_optimizer(engine: Any, optimizer: Optimizer | Wrapper) -> None:
         refuse("zero_optimization.zenflow", "is none of DeepSpeed's: leave it out")
     if zero.elastic_checkpoint:
         refuse("zero_optimization.elastic_checkpoint", "keeps state that such checkpoints would not: leave it out")
+    if stage == 0 and engine.fp16_enabled() and engine.loss_scale() != 1.0:
+        refuse(
+            "fp16.loss_scale",
+            "would get gradients that are too small: at stage 0 this version of DeepSpeed divides them by the loss "
+            "scale, but has not multiplied the loss by it; use stage 1, or bf16, or loss_scale 1",
+        )
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         refuse("torch_autocast.dtype", "takes one step for all parameters, which its loss scaler does not: use bfloat16")
     if engine.has_moe_layers:
