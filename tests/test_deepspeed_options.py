@@ -81,6 +81,24 @@ def test_the_bf16_optimizer_with_fp32_accumulation(pool: Pool) -> None:
     assert not found, "\n".join(found)
 
 
+# ------------------------------------------------------------------------------------------------------------ offload
+
+
+@pytest.mark.parametrize("given", ["config", "instance"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizers_change_nothing(pool: Pool, stage: int, given: str) -> None:
+    offload = {"device": "cpu", "pin_memory": given == "instance"}
+    world = World(stage, given=given, options={"offload_optimizer": offload, "sub_group_size": 12})
+    found = faults(pool, 2, world, ONE_EACH if given == "config" else FEW)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_masters_in_bf16(pool: Pool, stage: int) -> None:
+    found = faults(pool, 2, World(stage, dtype="bf16", options={"offload_optimizer": {"device": "cpu"}}), PLAIN)
+    assert not found, "\n".join(found)
+
+
 # ----------------------------------------------------------------------------------------------------------- clipping
 
 
