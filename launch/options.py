@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="of the computation (default: bf16 on GPUs, or fp32)")
     group.add_argument("--threads", type=_whole(1), help="per rank on a CPU (default: the cores, shared out)")
+    group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it, beside LOCAL_RANK
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=_whole(1), default=1000, help="optimizer steps")
     group.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="sequences a step, on all ranks")
@@ -156,6 +157,7 @@ def parse(arguments: Sequence[str] | None, world: World) -> Options:
     """The options of this run; UsageError if they make no sense together or for `world`."""
     values = vars(_parser().parse_args(arguments))
     pairs = values.pop("opt")
+    values.pop("local_rank")
     options = Options(opt=dict(pairs), **values)
     if len(options.opt) < len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))

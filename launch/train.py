@@ -82,7 +82,9 @@ class Trainer:
         if options.parallel.endswith("-ds"):
             micro_batch = options.batch_size // (self.grid.readers * options.accumulate)
             make = partial(build_optimizer, options, model)
-            self.module = zero.engine(model, lambda _: make(), options.parallel, options.ds_config, self.bf16, micro_batch)
+            self.module = zero.engine(
+                model, lambda _: make(), options.parallel, options.ds_config, self.bf16, micro_batch
+            )
             self.optimizer = self.module.basic_optimizer
         else:
             self.module = parallel.spread(model, options.parallel, self.grid, device, self.bf16)

@@ -164,9 +164,13 @@ def weights(deepspeed: Any, engine: Any) -> Weighed:
     params = dict(engine.module.named_parameters())
     outer = engine.optimizer
     if hasattr(outer, "fp32_groups"):
-        pairs = [pair for both in zip(outer.fp16_groups, outer.fp32_groups, strict=True) for pair in zip(*both)]
-        return {name: next(high for low, high in pairs if low is p).detach().numpy().copy() for name, p in params.items()}
-    if not engine.module.one.dtype == torch.float32:
+        pairs = [
+            pair for both in zip(outer.fp16_groups, outer.fp32_groups, strict=True) for pair in zip(*both, strict=True)
+        ]
+        return {
+            name: next(high for low, high in pairs if low is p).detach().numpy().copy() for name, p in params.items()
+        }
+    if engine.module.one.dtype != torch.float32:
         return {name: deepspeed.utils.safe_get_full_fp32_param(p).numpy() for name, p in params.items()}
     with deepspeed.zero.GatheredParameters(list(params.values()), enabled=engine.zero_optimization_stage() == 3):
         return {name: p.detach().float().numpy().copy() for name, p in params.items()}

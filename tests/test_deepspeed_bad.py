@@ -14,7 +14,10 @@ from tests.deepspeed_worlds import enter
 from tests.pool import Pool
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown type": ({"optimizer": {"type": "oput.Lam"}}, "optimizer.type: unknown optimizer 'Lam'. Did you mean 'lamb'"),
+    "unknown type": (
+        {"optimizer": {"type": "oput.Lam"}},
+        "optimizer.type: unknown optimizer 'Lam'. Did you mean 'lamb'",
+    ),
     "unknown option": (
         {"optimizer": {"type": "oput.Lamb", "params": {"lr": 1.0, "beta": [0.9, 0.99]}}},
         "optimizer.params.beta: Lamb has no such option. Did you mean 'betas'",
@@ -182,5 +185,3 @@ def step_of_foreign(stage: int) -> bool:
 
 def test_optimizers_of_others_are_left_alone(pool: Pool) -> None:
     assert pool.run(1, step_of_foreign, 1) == [True]
-
-

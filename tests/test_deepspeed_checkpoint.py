@@ -24,7 +24,19 @@ from tests.deepspeed_worlds import (
 from tests.pool import Pool
 from tests.test_deepspeed import ONE_EACH
 
-KINDS = ("AdamW", "Lamb", "CAME", "SM3", "Muon", "Prodigy", "Momo", "AdamWScheduleFree", "A2GradInc", "Sophia", "Ranger21")
+KINDS = (
+    "AdamW",
+    "Lamb",
+    "CAME",
+    "SM3",
+    "Muon",
+    "Prodigy",
+    "Momo",
+    "AdamWScheduleFree",
+    "A2GradInc",
+    "Sophia",
+    "Ranger21",
+)
 CASES = [case for case in ONE_EACH if case.optimizer.split(".")[1] in KINDS]
 
 

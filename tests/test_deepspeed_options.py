@@ -1,4 +1,4 @@
-"""DeepSpeed's own options change nothing either: buckets, sub-groups, round robin, precision, accumulation, clipping."""
+"""DeepSpeed's own options change nothing: buckets, sub-groups, round robin, precision, accumulation, clipping."""
 
 from __future__ import annotations
 

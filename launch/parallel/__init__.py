@@ -62,8 +62,9 @@ def spread(model: GPT, parallel: str, grid: Grid, device: torch.device, bf16: bo
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module whose parameters are trained and saved: a DistributedDataParallel is for the backward pass only, and
     so is an engine of DeepSpeed."""
-    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) or zero.is_engine(module) else module
-    return inner
+    inner: Any = module.module if isinstance(module, DistributedDataParallel) or zero.is_engine(module) else module
+    whole: nn.Module = inner
+    return whole
 
 
 def casts(module: nn.Module) -> bool:
@@ -76,7 +77,7 @@ def backward(module: nn.Module, loss: Tensor, parts: int) -> None:
     if zero.is_engine(module):
         module.backward(loss / parts)  # type: ignore[operator]
     else:
-        (loss / parts).backward()  # type: ignore[no-untyped-call]
+        (loss / parts).backward()
 
 
 def optimizer_step(module: nn.Module, optimizer: Any, gradients: Callable[[], Tensor]) -> Tensor:

@@ -67,5 +67,3 @@ def _config(path: Path) -> dict[str, Any]:
 def is_engine(module: nn.Module) -> bool:
     """Whether a module is one of DeepSpeed's engines, told without importing DeepSpeed."""
     return type(module).__module__.startswith("deepspeed.")
-
-

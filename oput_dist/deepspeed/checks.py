@@ -54,7 +54,9 @@ def check_optimizer(engine: Any, optimizer: Optimizer | Wrapper) -> None:
             "scale, but has not multiplied the loss by it; use stage 1, or bf16, or loss_scale 1",
         )
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
-        refuse("torch_autocast.dtype", "takes one step for all parameters, which its loss scaler does not: use bfloat16")
+        refuse(
+            "torch_autocast.dtype", "takes one step for all parameters, which its loss scaler does not: use bfloat16"
+        )
     if engine.has_moe_layers:
         refuse("optimizer.type", "has not been tried with layers of experts (MoE)")
     if engine.load_universal_checkpoint() and not _adam_like(optimizer):
@@ -69,7 +71,7 @@ def check_engine(engine: Any, optimizer: Optimizer, zero: Zero) -> None:
     """Raise ConfigError where the parameters of an engine are not whole before they are partitioned."""
     for parameter in engine.module.parameters():  # DeepSpeed would orthogonalise gradients by itself
         if getattr(parameter, "use_muon", False) and "muon" in type(optimizer).__name__.lower():
-            parameter.use_muon = False  # type: ignore[attr-defined]
+            parameter.use_muon = False
     mpu = engine.mpu
     if engine.autotp_size() > 1 or (mpu is not None and getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1):
         for group in optimizer.param_groups:

@@ -73,7 +73,8 @@ class Joined:
         """Remember the losses that ``engine.backward`` is given, where the optimizer needs them."""
         if "loss" not in inspect.signature(type(self._optimizer).step).parameters:
             return
-        self._losses = losses = deque(maxlen=engine.gradient_accumulation_steps())
+        losses: deque[torch.Tensor] = deque(maxlen=engine.gradient_accumulation_steps())
+        self._losses = losses
         backward = engine.backward
 
         def remembering(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

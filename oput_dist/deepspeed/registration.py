@@ -17,7 +17,7 @@ from deepspeed.utils import log_dist
 from oput_dist.engine import Common, Optimizer
 from oput_dist.engine.hyper import nearest
 from oput_dist.engine.wrapper import Wrapper
-from oput_dist.optimizers import OPTIMIZERS, available, create, lookup
+from oput_dist.optimizers.registry import OPTIMIZERS, available, create, lookup
 
 from .checks import ConfigError, check_engine, check_optimizer
 from .joined import Joined
@@ -51,7 +51,9 @@ def register() -> None:
             )
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS += OPTIMIZERS.values()
     for name in {_canonical(PREFIX + name) for name in available()}:
-        setattr(torch.optim, name, functools.partial(create, name.removeprefix(PREFIX)))  # DeepSpeed asks if it is there
+        setattr(
+            torch.optim, name, functools.partial(create, name.removeprefix(PREFIX))
+        )  # DeepSpeed asks if it is there
     ds_config.get_optimizer_name = _resolving(ds_config.get_optimizer_name)
     DeepSpeedEngine._configure_optimizer = _configuring(DeepSpeedEngine._configure_optimizer)
     setattr(DeepSpeedEngine, _DONE, True)
@@ -158,5 +160,3 @@ def _log(engine: Any, optimizer: Optimizer, zero: Zero) -> None:
         layout = f"{sum(len(group['params']) for group in optimizer.param_groups)} whole parameters"
     kind = type(engine.optimizer).__name__
     log_dist(f"oput_dist: {type(optimizer).__name__} at ZeRO stage {stage} ({kind}): {layout}", ranks=[0])
-
-

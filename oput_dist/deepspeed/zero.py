@@ -31,13 +31,13 @@ class Zero:
             self.partitions = deepspeed_partitions(outer)
 
     @property
-    def names(self) -> dict[int, str]:
-        """The places of the fp32 copies of whole parameters, by their ids."""
+    def copies(self) -> dict[int, int]:
+        """The ids of parameters by those of their fp32 copies."""
         if not self._masters:
             return {}
         low = [p for group in self._outer.fp16_groups for p in group]
         high = [p for group in self._outer.fp32_groups for p in group]
-        return {id(copy): id(p) for p, copy in zip(low, high, strict=True)}  # type: ignore[misc]
+        return {id(copy): id(p) for p, copy in zip(low, high, strict=True)}
 
     def publish(self, numbers: Sequence[int]) -> None:
         """Copy some partitions to the weights that the model has, as DeepSpeed does for the one it has just stepped."""
@@ -81,7 +81,7 @@ class Partitioned(Model):
         super().refresh()
         if self._zero.partitions:
             self.flattened = {part.tensor: part.flat for part in self._zero.partitions}
-        for copy, parameter in self._zero.names.items():
+        for copy, parameter in self._zero.copies.items():
             self._names[copy] = self._names[parameter]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
