@@ -55,6 +55,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "checkpoint.load_universal: Lion keeps other state than exp_avg and exp_avg_sq",
     ),
+    "universal, round robin": (
+        {
+            "optimizer": {"type": "oput.AdamW", "params": {}},
+            "zero_optimization": {"stage": 2, "round_robin_gradients": True},
+            "checkpoint": {"load_universal": True},
+        },
+        "zero_optimization.round_robin_gradients: AdamW would be loaded wrong",
+    ),
     "fp16 at stage 0": (
         {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}},
         "fp16.loss_scale: Lamb would get gradients that are too small",

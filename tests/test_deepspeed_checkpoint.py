@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +65,7 @@ def straight(world: World, cases: list[Case]) -> list[Weighed]:
     return [weights(deepspeed, train(deepspeed, case, world)) for case in cases]
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(("stage", "groups"), [(0, 1), (1, 3), (2, 3), (3, 1), (3, 3)])
 def test_a_loaded_checkpoint_goes_on_bitwise(pool: Pool, stage: int, groups: int, tmp_path: Path) -> None:
     world = World(stage, groups, options={"sub_group_size": 12} if stage == 3 else {})
     loaded = pool.run(2, resumed, world, CASES, str(tmp_path), timeout=300.0)
@@ -99,6 +101,63 @@ def test_the_checkpoint_of_another_optimizer_is_refused(pool: Pool, stage: int, 
     other = Case("adamw", "oput_dist.AdamW", {"lr": 0.1}, SECOND)
     for said in pool.run(2, loading_another, World(stage), LAMB, other, str(tmp_path)):
         assert "AdamW: the state dict was saved by Lamb" in said
+
+
+# ------------------------------------------------------------------------------------------------ other numbers of ranks
+
+
+def half(world: World, cases: list[Case], folder: str) -> list[dict[str, Any]]:
+    deepspeed, saved = enter(), []
+    for case in cases:
+        engine = train(deepspeed, case, world, range(2))
+        saved.append(full_state(engine, dist.get_rank() == 0))
+        if folder:
+            engine.save_checkpoint(folder, tag="half")
+    return saved
+
+
+def full_state(engine: Any, keep: bool) -> dict[str, Any]:
+    from oput_dist.deepspeed import full_state_dict
+
+    return full_state_dict(engine, keep=keep)
+
+
+def other_half(world: World, cases: list[Case], saved: list[dict[str, Any]], folder: str) -> list[Weighed]:
+    deepspeed, found = enter(), []
+    from oput_dist.deepspeed import load_full_state_dict
+
+    for number, case in enumerate(cases):
+        engine = engine_of(deepspeed, case, world)
+        if folder:
+            assert engine.load_checkpoint(folder, tag="half_universal")[0] is not None
+        else:
+            load_full_state_dict(engine, saved[number])
+        train(deepspeed, case, world, range(2, LAST + 1), engine)
+        found.append(weights(deepspeed, engine))
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (3, 3)), ((3, 3), (2, 2)), ((2, 3), (1, 0)), ((1, 0), (2, 1))])
+def test_whole_state_goes_on_at_any_stage_on_any_ranks(
+    pool: Pool, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    saved = pool.run(before[0], half, World(before[1]), CASES, "", timeout=300.0)[0]
+    for got in pool.run(after[0], other_half, World(after[1]), CASES, saved, "", timeout=300.0):
+        for case, one in zip(CASES, got, strict=True):
+            assert compared(reference(Key(case), 3), one, case.exact) == [], case.name
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_universal_checkpoints_of_adamw_on_other_ranks(pool: Pool, stage: int, tmp_path: Path) -> None:
+    case = Case("adamw", "oput_dist.AdamW", {"lr": 0.1}, SECOND)
+    pool.run(2, half, World(stage), [case], str(tmp_path))
+    convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    convert += ["--input_folder", f"{tmp_path}/half", "--output_folder", f"{tmp_path}/half_universal"]
+    convert += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    subprocess.run(convert, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, capture_output=True, timeout=120)
+    world = World(stage, config={"checkpoint": {"load_universal": True}})
+    for (got,) in pool.run(3, other_half, world, [case], [{}], str(tmp_path)):
+        assert compared(reference(Key(case), 3), got, exact=True) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules

@@ -13,7 +13,8 @@ See ``docs/deepspeed.md``.
 """
 
 from .registration import ConfigError, register
+from .whole import full_state_dict, load_full_state_dict
 
-__all__ = ["ConfigError", "register"]
+__all__ = ["ConfigError", "full_state_dict", "load_full_state_dict", "register"]
 
 register()

@@ -59,12 +59,19 @@ def check_optimizer(engine: Any, optimizer: Optimizer | Wrapper) -> None:
         )
     if engine.has_moe_layers:
         refuse("optimizer.type", "has not been tried with layers of experts (MoE)")
-    if engine.load_universal_checkpoint() and not _adam_like(optimizer):
-        refuse(
-            "checkpoint.load_universal",
-            "keeps other state than exp_avg and exp_avg_sq, which is all that universal checkpoints hold: load with "
-            "load_optimizer_states=False, or on as many ranks as saved",
-        )
+    if engine.load_universal_checkpoint():
+        if not _adam_like(optimizer):
+            refuse(
+                "checkpoint.load_universal",
+                "keeps other state than exp_avg and exp_avg_sq, which is all that universal checkpoints hold: use "
+                "oput_dist.deepspeed.full_state_dict(engine), or as many ranks as saved",
+            )
+        if zero.round_robin_gradients and stage in (1, 2):
+            refuse(
+                "zero_optimization.round_robin_gradients",
+                "would be loaded wrong: universal checkpoints mistake what lies where under it; leave it out, in the "
+                "run that saves as well",
+            )
 
 
 def check_engine(engine: Any, optimizer: Optimizer, zero: Zero) -> None:

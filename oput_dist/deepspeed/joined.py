@@ -23,7 +23,7 @@ from oput_dist.layout.flattened import mark_flattened
 
 from .zero import Partitioned, Zero
 
-__all__ = ["Joined"]
+__all__ = ["Joined", "joined_of"]
 
 _Groups = list[dict[str, Any]]
 
@@ -66,6 +66,7 @@ class Joined:
         self._optimizer._plan = None
         if zero.partitions and hasattr(self._optimizer, "refresh"):
             self._optimizer.refresh = self._no_refresh
+        zero.keep_hyperparameters(self._optimizer)
         with self.filled():
             self._optimizer._current_plan()
 
@@ -97,10 +98,7 @@ class Joined:
             return None
         arrived, groups = self._arrived, self._groups
         self._arrived, self._groups = {}, []
-        members: dict[int, list[torch.Tensor]] = {}
-        for part in self._zero.partitions:
-            members.setdefault(part.group, []).append(part.tensor)
-        with self._instead(groups, members), _gradients(arrived):
+        with self._instead(groups, self._members()), _gradients(arrived):
             result = self._run(closure, given)
         now = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         self._zero.publish([n for n, part in enumerate(self._zero.partitions) if id(part.tensor) not in now])
@@ -127,11 +125,15 @@ class Joined:
     @contextmanager
     def filled(self) -> Iterator[None]:
         """The groups with all their partitions: stage 3 leaves them empty between steps."""
+        with self._instead(self._optimizer.param_groups, self._members()):
+            yield
+
+    def _members(self) -> dict[int, list[torch.Tensor]]:
+        """The partitions of each group, by its number."""
         members: dict[int, list[torch.Tensor]] = {}
         for part in self._zero.partitions if self._zero is not None else ():
             members.setdefault(part.group, []).append(part.tensor)
-        with self._instead(self._optimizer.param_groups, members):
-            yield
+        return members
 
     @contextmanager
     def _instead(self, groups: _Groups, members: Mapping[int, Sequence[torch.Tensor]]) -> Iterator[None]:
@@ -149,9 +151,25 @@ class Joined:
 
     def rewrite(self, *args: Any, **kwargs: Any) -> None:
         """Rewrite the partitions, and the model's weights after them."""
-        assert self._zero is not None
         with self.filled():
             self._rewrite(*args, **kwargs)
+        self.publish_all()
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of whole tensors outside of DeepSpeed's own functions."""
+        optimizer = self._optimizer
+        held = [group["params"] for group in optimizer.param_groups]
+        for number, tensors in self._members().items():
+            optimizer.param_groups[number]["params"] = list(tensors)
+        try:
+            optimizer.load_state_dict(state_dict)  # which makes the groups anew
+        finally:
+            for group, params in zip(optimizer.param_groups, held, strict=True):
+                group["params"] = params
+
+    def publish_all(self) -> None:
+        """Make the model's weights what the optimizer's are."""
+        assert self._zero is not None
         self._zero.publish_all()
 
     def update_hessian(self, batch_size: int = 1) -> None:
@@ -164,6 +182,18 @@ class Joined:
             "which takes all gradients for the next step: call optimizer.update_hessian(batch_size) before "
             "engine.step(), which estimates from the squares of its gradients; or use stage 0"
         )
+
+
+def joined_of(engine: Any) -> Joined:
+    """What stands between an engine and its optimizer.
+
+    Raises:
+        TypeError: for an engine with another optimizer.
+    """
+    joined = getattr(getattr(engine.basic_optimizer, "step", None), "__self__", None)
+    if not isinstance(joined, Joined):
+        raise TypeError(f"the engine's {type(engine.basic_optimizer).__name__} is none of oput_dist's optimizers")
+    return joined
 
 
 @contextmanager

@@ -64,6 +64,22 @@ class Zero:
         elif self.partitions:
             outer.update_lp_params()
 
+    def keep_hyperparameters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have every group keep its own when a universal checkpoint is loaded: DeepSpeed's stage 3 gives all groups
+        those of the first one that was saved."""
+        name = "load_hp_checkpoint_state_from_checkpoint_dir_stage3"
+        load = getattr(self._outer, name, None)
+        if load is None or not self.partitions:
+            return
+
+        def loading(*args: Any, **kwargs: Any) -> None:
+            before = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            load(*args, **kwargs)
+            for group, own in zip(optimizer.param_groups, before, strict=True):
+                group.update(own)
+
+        setattr(self._outer, name, loading)
+
     def link_states(self) -> None:
         """Have DeepSpeed look for the optimizer's state again, which was not there when it first looked."""
         if hasattr(self._outer, "_hp_optimizer_states_linked"):
