@@ -1,4 +1,4 @@
-"""Weights and state of an engine as whole tensors: for any other stage and number of ranks, with state of every kind."""
+"""Weights and state of an engine as whole tensors, for any other stage and number of ranks; state of every kind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def full_state_dict(engine: Any, *, keep: bool = True) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_full_state_dict(engine: Any, saved: dict[str, Any]) -> None:
-    """Go on from what :func:`full_state_dict` returned, at any stage and on any number of ranks. Every rank must call it.
+    """Go on from what :func:`full_state_dict` returned, at any stage and on any number of ranks. All ranks must call it.
 
     Step counts of the engine and its scheduler are not in it.
 
