@@ -103,7 +103,7 @@ def test_the_checkpoint_of_another_optimizer_is_refused(pool: Pool, stage: int, 
         assert "AdamW: the state dict was saved by Lamb" in said
 
 
-# ----------------------------------------------------------------------------------------------- other numbers of ranks
+# ------------------------------------------------------------------------------------------- other numbers of ranks
 
 
 def half(world: World, cases: list[Case], folder: str) -> list[dict[str, Any]]:
