@@ -45,7 +45,7 @@ def full_state_dict(engine: Any, *, keep: bool = True) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_full_state_dict(engine: Any, saved: dict[str, Any]) -> None:
-    """Go on from what :func:`full_state_dict` returned, at any stage and on any number of ranks. All ranks must call it.
+    """Go on from what :func:`full_state_dict` returned, at any stage and on any number of ranks. All ranks call it.
 
     Step counts of the engine and its scheduler are not in it.
 
