@@ -52,6 +52,7 @@ class _Family:
     def __init__(self, slots: Sequence[Slot], blocks: Sequence[_Block], owners: Owners, group: Any) -> None:
         self.slots, self.blocks, self._owners = slots, blocks, owners
         self.owned: dict[int, Owned] = {}
+        self._together: set[int] = set()
         self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
         for slot in slots:
             own = [(i, block) for i, block in enumerate(blocks) if block.slot is slot]
@@ -78,11 +79,12 @@ class _Family:
         self._owners.run(pieces, work, active if len(active) < len(self.blocks) else None)
 
     def create(self, slots: Sequence[Slot], state: State) -> None:
-        """Make this rank's state of the blocks of some slots, where there is none."""
+        """Make this rank's state of the blocks of some slots, or bring it together once, as after loading."""
         alike: dict[Any, list[tuple[Owned, dict[str, Any]]]] = {}
         for slot in slots:
             owned = self.owned.get(slot.index)
-            if owned is not None and owned.lacks(state[slot.parameter]):
+            if owned is not None and owned.owns and slot.index not in self._together:
+                self._together.add(slot.index)
                 alike.setdefault(self._kinds[slot.index], []).append((owned, state[slot.parameter]))
         for every in alike.values():
             allocate(every)

@@ -105,9 +105,10 @@ class Owned:
             value = state[key] = value.to(self._slot.device)
         return value
 
-    def lacks(self, state: Mapping[str, object]) -> bool:
-        """Whether this rank owns blocks, and has no state of them yet."""
-        return any(self._own.values()) and not any(self._slot.key(name) in state for name in self._all)
+    @property
+    def owns(self) -> bool:
+        """Whether this rank owns a block."""
+        return any(self._own.values())
 
     def views(self, state: MutableMapping[str, object]) -> dict[int, dict[str, torch.Tensor]]:
         """For each block that this rank owns its state by name, flat."""
@@ -173,11 +174,12 @@ class Owned:
 
 
 def allocate(every: Sequence[tuple[Owned, MutableMapping[str, object]]]) -> None:
-    """Make the state of parameters whose blocks are worked on together, with their state dicts, one after the other in
-    memory, so that a step need not stack it."""
+    """Bring the state of parameters whose blocks are worked on together, with their state dicts, one after the other
+    in memory, so that a step need not stack it; zeros where there is none."""
     first = every[0][0]
     for name in first.names:
-        sizes = [sum(one.length for one in owned._own[name]) for owned, _ in every]
-        memory = torch.zeros(sum(sizes), dtype=first._all[name].dtype, device=first._slot.device)
-        for (owned, state), part in zip(every, memory.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+        before = [owned.memory(state, name) for owned, state in every]
+        parts = [memory for memory in before if memory is not None]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        for (owned, state), part in zip(every, joined.split([p.numel() for p in parts]), strict=True):  # type: ignore[no-untyped-call]
             state[owned._slot.key(name)] = part
