@@ -33,6 +33,8 @@ KINDS = (
     "CAME",
     "SM3",
     "Muon",
+    "Shampoo",
+    "SOAP",
     "Prodigy",
     "Momo",
     "AdamWScheduleFree",

@@ -187,9 +187,11 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     shapes = {name: vector_shape(slot.layout.shape, axes) for name, axes in recipe.vectors}
     found = {name: value for name, value in found.items() if value is not None}
     wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
-    owned = {_key(slot, name, found): state.length for name, state in kept_by(recipe.whole, slot).items()}
     joint = len(source.slots) > 1
-    kept = _keys(optimizer, source.slots, group) if joint else {*wanted.values(), *owned}
+    # Under the name alone a flat parameter may hold the state of originals that are no matrices.
+    keys = {slot.key(name) if joint else name: name for name in kept_by(recipe.whole, slot)}
+    lengths = {key: kept_by(recipe.whole, slot)[name].length for key, name in keys.items()}
+    kept = _keys(optimizer, source.slots, group) if joint else {*wanted.values(), *keys}
     for key in found.keys() - kept - {"step"}:
         if not source.own or key not in _once_kept(optimizer, group, slot):
             raise ValueError(f"{owner}: the state of {slot.name} has {key!r}, which this optimizer does not keep")
@@ -199,14 +201,14 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     for name, key in wanted.items():
         shape = shapes.get(name, slot.parameter.shape if joint else slot.layout.shape)
         _check_tensor(owner, slot, name, found[key], tuple(shape), name in shapes)
-    for key in owned.keys() & found.keys():
-        _check_owned(owner, slot, key, found[key], owned[key])
+    for key in keys.keys() & found.keys():
+        _check_owned(owner, slot, key, found[key], lengths[key])
     return _Entry(
         slot,
         joint,
         {name: found[name] for name in recipe.state},
         {name: (found[wanted[name]], shape) for name, shape in shapes.items()},
-        {slot.key(_name(slot, key)): found[key] for key in owned.keys() & found.keys()},
+        {slot.key(keys[key]): found[key] for key in keys.keys() & found.keys()},
         _step(optimizer, slot, found, group, source.whole),
     )
 
@@ -214,11 +216,6 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
 def _key(slot: Slot, name: str, found: Mapping[str, Any]) -> str:
     """Where state that is not parameter-shaped is: under its name, or under that of several originals."""
     return slot.key(name) if slot.key(name) in found else name
-
-
-def _name(slot: Slot, key: str) -> str:
-    """The name of state that is not parameter-shaped, of its key."""
-    return key.removesuffix(f".{slot.layout.name}") if slot.shared else key
 
 
 def _keys(optimizer: Any, slots: Sequence[Slot], group: Group) -> set[str]:
