@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .language import jit, tl
+from .rounding import restored, split
 from .stage import Cautious, Prologue, Stage
 from .tile import common_constexprs, compute, pointer, scalars
 
@@ -51,6 +52,8 @@ def _box_tile(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
+    LOST: tl.constexpr,
+    NEAREST: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -71,8 +74,11 @@ def _box_tile(
     p_ptr = pointer(row, 3, P, MASKED)
     p = tl.load(p_ptr + offsets, mask=mask).to(C)
     g = tl.load(pointer(row, 4, G, MASKED) + offsets, mask=mask).to(C)
+    if LOST:
+        lost_ptr = pointer(row, 5, S[0], MASKED)
+        p = restored(p, tl.load(lost_ptr + offsets, mask=mask).to(C), NEAREST)
     state = ()
-    for i in tl.static_range(len(S)):
+    for i in tl.static_range(LOST, len(S)):
         state = state + (tl.load(pointer(row, 5 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
     given = ()
     agreed = 0.0
@@ -111,10 +117,14 @@ def _box_tile(
                 value = tl.max(term, 0)
             tl.store(out + (batch * row_tiles + row_tile) * columns + c, value.to(tl.float64), mask=c < columns)
     if WRITES_P:
+        if LOST:
+            p, lost = split(p, NEAREST)
+            tl.store(lost_ptr + offsets, lost.to(S[0]), mask=mask)
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(state)):
-            tl.store(pointer(row, 5 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
+            k: tl.constexpr = LOST + i
+            tl.store(pointer(row, 5 + k, S[k], MASKED) + offsets, state[i].to(S[k]), mask=mask)
 
 
 @jit
@@ -136,6 +146,8 @@ def boxed(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
+    LOST: tl.constexpr,
+    NEAREST: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -156,12 +168,12 @@ def boxed(
     whole = ((row_tile + 1) * BR <= rows) & ((column_tile + 1) * BC <= columns)
     if whole & (tl.load(row + 2) != 0):
         _box_tile(row, hyper, scale, batch, row_tile, column_tile, rows, columns, RULE, H, KIND, CAUTION, N_H,
-                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BR, BC,
-                  False)  # fmt: skip
+                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, LOST, NEAREST, P, G, S, C,
+                  BR, BC, False)  # fmt: skip
     else:
         _box_tile(row, hyper, scale, batch, row_tile, column_tile, rows, columns, RULE, H, KIND, CAUTION, N_H,
-                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BR, BC,
-                  True)  # fmt: skip
+                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, LOST, NEAREST, P, G, S, C,
+                  BR, BC, True)  # fmt: skip
 
 
 def boxed_constexprs(
@@ -186,7 +198,7 @@ def boxed_constexprs(
         terms: how each term leaves a tile.
         tile: one of :data:`TILES`.
         scaled: whether a gradient scale is given.
-        p, g, state: dtypes of parameter, gradient and each state.
+        p, g, state: dtypes of parameter, gradient and each state, with what rounding lost.
     """
     return {
         **common_constexprs(stage, prologue, kind, scaled, p, g, state),

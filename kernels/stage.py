@@ -32,6 +32,7 @@ __all__ = [
     "Stored",
     "Update",
     "Vectors",
+    "Write",
     "measures",
     "plain",
 ]
@@ -248,9 +249,17 @@ class Decay(Enum):
     """``p = p * decay`` before the rule of a stage that writes the parameter."""
 
 
+class Write(Enum):
+    """How a new parameter is brought into the dtype that it is stored in."""
+
+    NEAREST = 0
+    KAHAN = 1
+    """To nearest. What that loses is kept, in the first state tensor, and added wherever the parameter is read."""
+
+
 @dataclass(frozen=True)
 class Prologue:
-    """What is done to gradient and parameter before every rule. Static: each value is a kernel of its own.
+    """What is done to gradient and parameter before every rule, and after it. Static: each value is a kernel of its own.
 
     Order: cast to the compute dtype (fp32; fp64 stays fp64), scale the gradient (unscale and clip factor, one device
     scalar), negate it (``maximize``), decay.
@@ -258,3 +267,9 @@ class Prologue:
 
     decay: Decay = Decay.NONE
     maximize: bool = False
+    write: Write = Write.NEAREST
+
+    @property
+    def lost(self) -> int:
+        """How many state tensors, the first ones, hold what rounding lost; rules do not see them."""
+        return int(self.write is Write.KAHAN)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .language import HAS_TRITON, jit, tl
+from .rounding import nearest_of
 from .stage import Agreement, Apply, Cautious, Decay, Measure, Prologue, Stage, Update, plain
 
 __all__ = ["DTYPES", "common_constexprs", "compute", "pointer", "scalars"]
@@ -111,7 +112,7 @@ def common_constexprs(
         prologue: what comes before the rule.
         kind: the NamedTuple class of the rule's ``h``.
         scaled: whether a gradient scale is given.
-        p, g, state: dtypes of parameter, gradient and each state.
+        p, g, state: dtypes of parameter, gradient and each state, with what rounding lost.
     """
     return {
         "RULE": stage.rule,
@@ -124,6 +125,8 @@ def common_constexprs(
         "SCALED": scaled,
         "WRITES_P": stage.writes_parameter,
         "WRITES_STATE": stage.writes_state,
+        "LOST": prologue.lost,
+        "NEAREST": nearest_of(p),
         "P": DTYPES[p],
         "G": DTYPES[g],
         "S": tuple(DTYPES[d] for d in state),

@@ -58,6 +58,9 @@ class Common(TypedDict, total=False):
     - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
       the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
     - ``state_dtype`` (torch.dtype): of the state; the parameter's own by default.
+    - ``kahan_sum`` (bool): keep what rounding to bfloat16 or float16 parameters loses, as one more state,
+      ``kahan_comp``, and add it wherever they are read, so that also what is far smaller than they are adds up: updates
+      and weight decay. By default it is kept; False leaves it out. Other parameters take no notice.
     """
 
     decouple_lr: bool
@@ -75,6 +78,7 @@ class Common(TypedDict, total=False):
     gradient_release: bool
     module: nn.Module | None
     state_dtype: torch.dtype | None
+    kahan_sum: bool | None
 
 
 _GROUP_COMMON: dict[str, Check] = {

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, check_backend
+from oput_dist.kernels.stage import Write
 
 from .hyper import boolean, check_group, optional, positive
 from .step import Options
@@ -42,6 +43,7 @@ def options_of(owner: str, common: Mapping[str, Any]) -> Options:
     return Options(
         _backends(owner, common),
         _state_dtype(owner, common),
+        _write(owner, common),
         _max_grad_norm(owner, common),
         _skip_nonfinite(owner, common),
     )
@@ -85,6 +87,12 @@ def _state_dtype(owner: str, common: Mapping[str, Any]) -> torch.dtype | None:
             f"{', '.join(map(str, _STATE_DTYPES))}"
         )
     return dtype
+
+
+def _write(owner: str, common: Mapping[str, Any]) -> Write:
+    value = common.get("kahan_sum")
+    check_group(owner, {"kahan_sum": value}, {"kahan_sum": optional(boolean)})
+    return Write.NEAREST if value is False else Write.KAHAN
 
 
 def _max_grad_norm(owner: str, common: Mapping[str, Any]) -> float | None:

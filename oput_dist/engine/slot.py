@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from oput_dist.layout import Box, Layout, LayoutError, dense_strides, flat, same_order, whole_or_local
 
+from .writing import COMPENSATION
+
 __all__ = ["Slot"]
 
 
@@ -131,7 +133,10 @@ class Slot:
     def flat_state(
         self, state: MutableMapping[str, Any], names: tuple[str, ...], dtype: torch.dtype | None
     ) -> tuple[torch.Tensor, ...]:
-        """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's."""
+        """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's.
+
+        What rounding lost is always in the parameter's dtype.
+        """
         if names == self._names and all(
             state.get(n) is v and self.layout.piece_of_state(v).data_ptr() == flat.data_ptr()
             for n, v, flat in zip(names, self._values, self._views, strict=True)
@@ -143,7 +148,7 @@ class Slot:
 
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if state.get(name) is None:
-            state[name] = self.layout.zeros(dtype or self.dtype)
+            state[name] = self.layout.zeros(self.dtype if name == COMPENSATION or dtype is None else dtype)
         if not self._fits(state[name]):  # it was made before the parameter was moved, or sharded otherwise
             try:
                 state[name] = self.layout.adopt(state[name])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule
-from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors
+from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors, Write
 
 from .between import Between
 from .finish import finish, updated
@@ -23,6 +23,7 @@ from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_
 from .slot import Slot
 from .stacks import stacks_of
 from .sums import Boundary, Family
+from .writing import COMPENSATION, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
 
@@ -37,6 +38,8 @@ class Options:
 
     backends: tuple[str, ...] = BACKENDS
     state_dtype: torch.dtype | None = None
+    write: Write = Write.KAHAN
+    """How parameters of 16 bits are written."""
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     accumulate: bool = False
@@ -112,14 +115,15 @@ class Step:
         without = {"weight_decay": 0.0} if options.accumulate else {}
         self._groups = [{**group, "lr": as_scalar(group["lr"]), **without} for group in groups]
         self._scalars = scalars
-        made: dict[tuple[int, torch.Size], int] = {}
+        made: dict[Any, int] = {}
         self._kinds: list[tuple[Recipe, Prologue]] = []  # one for slots that are updated alike
         self._kind: list[int] = []
         for slot in plan.slots:
-            key = (slot.group, slot.layout.shape)
+            key = (slot.group, slot.layout.shape, slot.dtype)
             if key not in made:
                 one = recipe(self._groups[slot.group], slot.layout.shape)
-                kind = (one, prologue_of(one, self._groups[slot.group]))
+                write = write_of(options.write, slot.dtype)
+                kind = (one, prologue_of(one, self._groups[slot.group], write))
                 if kind not in self._kinds:
                     self._kinds.append(kind)
                 made[key] = self._kinds.index(kind)
@@ -167,7 +171,9 @@ class Step:
         return self._kinds[self._kind[slot.index]][0]
 
     def _state_of(self, slot: Slot) -> tuple[torch.Tensor, ...]:
-        return slot.flat_state(self.state[slot.parameter], self.recipe_of(slot).state, self._options.state_dtype)
+        recipe, prologue = self._kinds[self._kind[slot.index]]
+        names = (COMPENSATION, *recipe.state) if prologue.lost else recipe.state
+        return slot.flat_state(self.state[slot.parameter], names, self._options.state_dtype)
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
         if self._loss is None and any(
@@ -252,7 +258,7 @@ class Step:
             slots = [slot for slot, _ in members]
             values = [slot.flat_parameter() for slot in slots]
             batch = Batch(
-                p=[value.clone() for value in values] if self._options.accumulate else values,
+                p=values,
                 g=[gradient for _, gradient in members],
                 state=[state[slot] for slot in slots],
                 scalars=self.scalars_of(slots),
@@ -260,6 +266,8 @@ class Step:
                 scale=scale.get(key[3]),
                 cache=self._plan.cache((recipe, prologue, tuple(slot.index for slot in slots))),
             )
+            if self._options.accumulate:
+                _set_apart(batch)
             buckets.append(_Bucket(slots, recipe, batch, [self._steps[slot] for slot in slots]))
         return buckets
 
@@ -411,3 +419,10 @@ class Step:
         steps = send(torch.tensor(bucket.steps, dtype=torch.float64, device="cpu").unsqueeze(1), device)
         weight = elements if bucket.recipe.sums(number) else 1.0  # sums add up over ranks, maxima do not
         return torch.cat([elements, weight * steps], 1)
+
+
+def _set_apart(batch: Batch) -> None:
+    """Have a batch write copies of its parameters and of what their rounding lost."""
+    batch.p = [value.clone() for value in batch.p]
+    lost = batch.prologue.lost
+    batch.state = [(*(each.clone() for each in state[:lost]), *state[lost:]) for state in batch.state]
