@@ -200,7 +200,7 @@ def follow(
     """Some steps, each compared with the reference's step from the same values. ``tensor_on``: lr is a tensor there."""
     params = tensors(setup, shapes)
     given: Any = lr if tensor_on is None else torch.tensor(lr, device=tensor_on)
-    optimizer = variant.build(groups(params, lr), backend=setup.backend, state_dtype=setup.state_dtype, lr=given)
+    optimizer = variant.build(groups(params, lr), backend=setup.backend, state_dtype=setup.state_dtype, lr=given, kahan_sum=False)
     error = 0.0
     for step in range(STEPS):
         give_gradients(params, step, absent=2 if step == ABSENT else None)

@@ -25,7 +25,6 @@ class _TorchLanguage:
     exp = staticmethod(torch.exp)
     log = staticmethod(torch.log)
     static_range = staticmethod(range)
-    constexpr = Any
     int32, float32 = torch.int32, torch.float32
 
     @staticmethod

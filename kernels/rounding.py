@@ -28,12 +28,12 @@ def to_float16(x):
     bits = tl.cast(x, tl.int32, bitcast=True)
     nearest = tl.cast((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000, tl.float32, bitcast=True)
     nearest = tl.where(tl.abs(x) < 2.0**-14, (x + 0.75) - 0.75, nearest)  # subnormal: multiples of 2^-24
-    nearest = tl.where(tl.abs(nearest) > 65504.0, x * float("inf"), nearest)
+    nearest = tl.where(nearest > 65504.0, float("inf"), tl.where(nearest < -65504.0, -float("inf"), nearest))
     return tl.where(x == x, nearest, x)
 
 
 @rule
-def restored(p, lost, NEAREST: tl.constexpr):
+def restored(p, lost, NEAREST):
     """A parameter with what :func:`split` left of it.
 
     That is at most half a unit in its last place. More must come from before someone changed the parameter, and does
@@ -43,7 +43,7 @@ def restored(p, lost, NEAREST: tl.constexpr):
 
 
 @rule
-def split(p, NEAREST: tl.constexpr):
+def split(p, NEAREST):
     """A parameter as it is stored, and what that loses, both rounded."""
     stored = NEAREST(p)
     return stored, NEAREST(p - stored)

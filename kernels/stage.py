@@ -259,7 +259,7 @@ class Write(Enum):
 
 @dataclass(frozen=True)
 class Prologue:
-    """What is done to gradient and parameter before every rule, and after it. Static: each value is a kernel of its own.
+    """What is done to gradient and parameter before and after every rule. Static: each value is a kernel of its own.
 
     Order: cast to the compute dtype (fp32; fp64 stays fp64), scale the gradient (unscale and clip factor, one device
     scalar), negate it (``maximize``), decay.

@@ -34,14 +34,19 @@ Body: TypeAlias = Callable[
 ]
 """``body(p, g, state, row, scale, c)``, in place.
 
-``state`` begins with what rounding lost, where that is kept. ``row`` is ``[decay, *h]`` in the compute dtype, ``scale`` 0-d or None, ``c`` the factors: a tensor with a 0-d or
-elementwise one in each row, or a tuple of tensors that broadcast against a box. Returns the terms of a Measure,
-elementwise or summed; nothing otherwise.
+``state`` begins with what rounding lost, where that is kept. ``row`` is ``[decay, *h]`` in the compute dtype, ``scale``
+0-d or None, ``c`` the factors: a tensor with a 0-d or elementwise one in each row, or a tuple of tensors that broadcast
+against a box. Returns the terms of a Measure, elementwise or summed; nothing otherwise.
 """
 
 
 def body_of(
-    stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: int | None = None, dtype: torch.dtype = torch.float32
+    stage: Stage,
+    prologue: Prologue,
+    kind: type,
+    summed: bool,
+    ndim: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Body:
     """The body of a stage, with a code object of its own.
 

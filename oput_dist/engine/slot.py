@@ -146,6 +146,10 @@ class Slot:
         self._names, self._values = names, [state[name] for name in names]
         return self._views
 
+    def lost(self, state: MutableMapping[str, Any]) -> torch.Tensor | None:
+        """What rounding this rank's piece of the parameter lost, 1-d, where that is kept."""
+        return None if state.get(COMPENSATION) is None else self._flat_state(state, COMPENSATION, None)
+
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if state.get(name) is None:
             state[name] = self.layout.zeros(self.dtype if name == COMPENSATION or dtype is None else dtype)
