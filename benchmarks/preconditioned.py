@@ -45,7 +45,7 @@ def facebooks(params: Sequence[torch.Tensor]) -> Any:
         epsilon=1e-12,
         max_preconditioner_dim=BLOCK,
         precondition_frequency=EVERY,
-        start_preconditioning_step=1,
+        start_preconditioning_step=EVERY,
         grafting_config=shampoo.AdamPreconditionerConfig(beta2=0.999, epsilon=1e-8),
     )
 
@@ -65,7 +65,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
             "ScalableShampoo",
             block_size=BLOCK,
             preconditioning_compute_steps=EVERY,
-            start_preconditioning_step=1,
+            start_preconditioning_step=EVERY,
         ),
     },
     "soap": {
@@ -74,7 +74,8 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "heavyball": of("heavyball", "ForeachSOAP", precondition_frequency=EVERY),
     },
     "muon": {
-        "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="float32"),
+        "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="bfloat16"),
+        "oput, fp32": lambda p: oput.Muon(p, lr=1e-3),
         "torch": of("torch.optim", "Muon"),
         "pytorch_optimizer": of("pytorch_optimizer", "Muon"),
     },
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--json", help="write the figures to a file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -148,7 +150,8 @@ def main() -> None:
     rows = []
     for rule in options.only:
         print(f"{rule}: {len(sizes)} matrices, {sum(a * b for a, b in sizes):,} elements, {options.threads} threads")
-        found = compare(CONTENDERS[rule], sizes, options.rounds)
+        wanted = {name: make for name, make in CONTENDERS[rule].items() if name not in options.without}
+        found = compare(wanted, sizes, options.rounds)
         for name, turns in found.items():
             rows.append({"rule": rule, **row(name, turns, found["oput"])})
             print(

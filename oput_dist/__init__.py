@@ -16,6 +16,8 @@ from .engine import Optimizer as Optimizer
 from .engine import clip_grad_norm_ as clip_grad_norm_
 from .engine import state_bytes as state_bytes
 from .engine.decay import param_groups_weight_decay as param_groups_weight_decay
+from .engine.memory import Memory as Memory
+from .engine.memory import memory as memory
 from .engine.precision import to_low_precision as to_low_precision
 from .engine.release import prepare_for_gradient_release as prepare_for_gradient_release
 from .engine.release import remove_gradient_release as remove_gradient_release
@@ -24,6 +26,9 @@ from .engine.replicas import check_replicas as check_replicas
 from .engine.whole import full_state_dict as full_state_dict
 from .engine.wrapper import Wrapper as Wrapper
 from .optimizers import *
+from .planning import Forecast as Forecast
+from .planning import Machine as Machine
+from .planning import plan as plan
 from .wrappers import ASAM as ASAM
 from .wrappers import EMA as EMA
 from .wrappers import ESAM as ESAM

@@ -88,3 +88,22 @@ def test_options_of_the_whole_optimizer_do_not_belong_in_a_group() -> None:
             oput.AdamW([{"params": parameters(), **option}])
     with pytest.warns(UserWarning, match="'cautios'.*'cautious'"):
         oput.AdamW([{"params": parameters(), "cautios": True}])
+
+
+@pytest.mark.parametrize("name", ["adafactor", "came", "lamb"])
+def test_each_parameter_has_a_factor_of_its_own(name: str) -> None:
+    """Among parameters of several shapes, of which some agree more than others, each goes where it goes alone."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(4, 3), (6, 5), (4, 3), (2, 3, 2), (5,)]
+    together = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3, "cautious": True, "backend": "foreach"}
+    optimizers = [oput.create(name, together, **options), *(oput.create(name, [p], **options) for p in alone)]
+    for _ in range(3):
+        for p, q in zip(together, alone, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        assert (p - q).abs().max() < 1e-6

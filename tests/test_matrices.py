@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import oput_dist as oput
 from oput_dist.collectives import owners as owners_module
-from oput_dist.collectives.owners import assigned
+from oput_dist.collectives.balance import assigned
 from oput_dist.matrix.orthogonal import Orthogonalize, orthogonalized, polar_express
 from oput_dist.optimizers.routing import is_hidden_matrix
 from tests.pool import Pool

@@ -2,6 +2,6 @@
 
 from .gather import gather_pieces
 from .owners import Matrix, Owners
-from .packed import Schedule, packed_sum
+from .packed import NamedRanks, Schedule, packed_sum, ranks_of
 
-__all__ = ["Matrix", "Owners", "Schedule", "gather_pieces", "packed_sum"]
+__all__ = ["Matrix", "NamedRanks", "Owners", "Schedule", "gather_pieces", "packed_sum", "ranks_of"]

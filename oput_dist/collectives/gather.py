@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-__all__ = ["BUCKET_BYTES", "gather_pieces"]
+__all__ = ["BUCKET_BYTES", "buckets", "gather_pieces", "width"]
 
 BUCKET_BYTES = 32 * 2**20
 """Bytes that a bucket receives: the bound of the scratch memory, twice over because two are in flight."""
@@ -26,7 +26,7 @@ def gather_pieces(tensors: Sequence[Sequence[torch.Tensor]], group: dist.Process
     """
     rank = dist.get_rank(group)
     pending: _Bucket | None = None
-    for pieces in _buckets(tensors):
+    for pieces in buckets(tensors):
         bucket = _Bucket(pieces, rank, group)
         if pending is not None:
             pending.finish()
@@ -35,7 +35,7 @@ def gather_pieces(tensors: Sequence[Sequence[torch.Tensor]], group: dist.Process
         pending.finish()
 
 
-def _buckets(tensors: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequence[torch.Tensor]]]:
+def buckets(tensors: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequence[torch.Tensor]]]:
     """Tensors of one dtype, up to the bucket size; a larger tensor is a bucket of its own."""
     by_dtype: dict[torch.dtype, list[Sequence[torch.Tensor]]] = {}
     for pieces in tensors:
@@ -53,15 +53,20 @@ def _buckets(tensors: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequenc
         yield bucket
 
 
+def width(tensors: Sequence[Sequence[torch.Tensor]]) -> int:
+    """Elements that each rank sends of a bucket: as many as the largest share has, since gloo wants equal sizes."""
+    shares: list[int] = [sum(piece.numel() for piece in share) for share in zip(*tensors, strict=True)]
+    return max(shares)
+
+
 class _Bucket:
-    """One all-gather in flight. Each rank's share is padded to the largest, since gloo wants equal sizes."""
+    """One all-gather in flight."""
 
     def __init__(self, tensors: list[Sequence[torch.Tensor]], rank: int, group: dist.ProcessGroup) -> None:
         self._tensors, self._rank = tensors, rank
         ranks = dist.get_world_size(group)
-        width = max(sum(pieces[r].numel() for pieces in tensors) for r in range(ranks))
         example = tensors[0][0]
-        self._received = torch.empty(ranks, width, dtype=example.dtype, device=example.device)
+        self._received = torch.empty(ranks, width(tensors), dtype=example.dtype, device=example.device)
         send = self._received[rank]  # in place: the own share is not copied again
         at = 0
         for pieces in tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["WAVE_BYTES", "Matrix", "Owners", "Wholes", "assigned"]
+from .balance import assigned
+from .nearness import nearest
+from .routes import WAVE_BYTES, Share, first_holders, share_of, waves
 
-WAVE_BYTES = 64 * 2**20
-"""Bytes of matrices that a rank works on at a time, or one matrix; as much again is sent and received."""
+__all__ = ["Matrix", "Owners", "Wholes"]
 
 _all_to_all = dist.all_to_all_single
 
@@ -29,43 +29,14 @@ class Matrix:
     shape: tuple[int, ...]
     """Of the whole."""
     cost: float
-    """What its owner has to bear, in any unit."""
+    """The time that it takes its owner, in any unit."""
+    kept: float
+    """Bytes that its owner keeps from step to step."""
     boxes: Sequence[Any]
     """What this rank holds of it, as rectangles in the flat piece that it is a part of: each with ``start``, ``shape``,
     ``strides``, and ``index`` in the matrix. Nothing if this rank has nothing of it."""
     piece: int
     """Number of that flat piece."""
-
-
-def assigned(costs: Sequence[float], ranks: int, settled: Mapping[int, int] | None = None) -> list[int]:
-    """An owner for each matrix: the dearest first, each to the rank that has least to do (the lowest, if several).
-
-    Args:
-        costs: of each matrix.
-        ranks: how many there are.
-        settled: matrices that have an owner already.
-    """
-    settled = settled or {}
-    owners = [settled.get(i, 0) for i in range(len(costs))]
-    load = [0.0] * ranks
-    for i, owner in settled.items():
-        load[owner] += costs[i]
-    heap = [(own, rank) for rank, own in enumerate(load)]
-    heapq.heapify(heap)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        if i not in settled:
-            own, owners[i] = heap[0]
-            heapq.heapreplace(heap, (own + costs[i], owners[i]))
-    return owners
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one rank holds of a matrix, in the order in which it travels."""
-
-    numel: int
-    parts: tuple[tuple[tuple[int, ...], Any], ...]
-    """Shape, and index in the matrix, of each rectangle."""
 
 
 class Owners:
@@ -90,38 +61,22 @@ class Owners:
         self._matrices, self._group = matrices, group
         self.rank = 0 if group is None else dist.get_rank(group)
         ranks = 1 if group is None else dist.get_world_size(group)
-        own = [_share(matrix) for matrix in matrices]
+        own = [share_of(matrix.boxes) for matrix in matrices]
         held: list[Any] = [own]
         if group is not None:
             held = [None] * ranks
             dist.all_gather_object(held, own, group=group)
-        self._held: list[list[_Share]] = held
-        self.owners = assigned([matrix.cost for matrix in matrices], ranks, settled)
-        self._senders = [_first_holders([rank[i] for rank in held]) for i in range(len(matrices))]
-        self._waves = self._cut_into_waves(itemsize)
+        self._held: list[list[Share]] = held
+        owners = assigned([m.cost for m in matrices], ranks, settled, [m.kept for m in matrices])
+        sizes = [[rank[i].numel for rank in held] for i in range(len(matrices))]
+        self.owners = nearest(owners, [(m.cost, m.kept) for m in matrices], sizes, settled or {})
+        self._senders = [first_holders([rank[i] for rank in held]) for i in range(len(matrices))]
+        self._waves = waves([m.shape for m in matrices], self.owners, ranks, itemsize, WAVE_BYTES)
 
     @property
     def ranks(self) -> int:
         """How many ranks share the work."""
         return len(self._held)
-
-    def _cut_into_waves(self, itemsize: int) -> list[list[int]]:
-        """Numbers of matrices, so many at a time that no owner gets more than :data:`WAVE_BYTES`, or one."""
-        queues: list[list[list[int]]] = []
-        for rank in range(self.ranks):
-            own = sorted((i for i, o in enumerate(self.owners) if o == rank), key=lambda i: self._matrices[i].shape)
-            parts: list[list[int]] = []
-            room = 0
-            for i in own:
-                size = prod(self._matrices[i].shape) * itemsize
-                if not parts or size > room:
-                    parts.append([])
-                    room = WAVE_BYTES
-                parts[-1].append(i)
-                room -= size
-            queues.append(parts)
-        count = max((len(parts) for parts in queues), default=0)
-        return [[i for parts in queues if w < len(parts) for i in parts[w]] for w in range(count)]
 
     def run(
         self, pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes], active: Collection[int] | None = None
@@ -275,20 +230,3 @@ class _Scatter:
 
 def _view(piece: torch.Tensor, box: Any) -> torch.Tensor:
     return piece.as_strided(tuple(box.shape), tuple(box.strides), piece.storage_offset() + box.start)
-
-
-def _share(matrix: Matrix) -> _Share:
-    parts = tuple((tuple(box.shape), tuple(box.index)) for box in matrix.boxes)
-    return _Share(sum(prod(shape) for shape, _ in parts), parts)
-
-
-def _first_holders(shares: Sequence[_Share]) -> set[int]:
-    """The ranks that send: of those that hold the same piece, the lowest."""
-    seen: set[str] = set()
-    found = set()
-    for rank, share in enumerate(shares):
-        place = repr([(shape, [str(part) for part in index]) for shape, index in share.parts])
-        if share.numel and place not in seen:
-            seen.add(place)
-            found.add(rank)
-    return found

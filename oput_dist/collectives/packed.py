@@ -8,10 +8,23 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-__all__ = ["Schedule", "packed_sum"]
+__all__ = ["NamedRanks", "Schedule", "packed_sum", "ranks_of"]
+
+
+@dataclass(frozen=True)
+class NamedRanks:
+    """Stands for a process group where nothing is sent, as in planning for more ranks than there are."""
+
+    ranks: tuple[int, ...]
+
 
 Groups = tuple[dist.ProcessGroup, ...]
 Range = tuple[int, int]
+
+
+def ranks_of(group: dist.ProcessGroup | NamedRanks) -> tuple[int, ...]:
+    """The global ranks of a group, in its order."""
+    return group.ranks if isinstance(group, NamedRanks) else tuple(dist.get_process_group_ranks(group))
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Schedule:
         Items that are spread alike lie next to each other, in order, so that most groups have one range. Groups come in
         the order of first appearance, which is the same on all ranks because items are.
         """
-        keys = [tuple(tuple(dist.get_process_group_ranks(group)) for group in groups) for groups, _ in items]
+        keys = [tuple(ranks_of(group) for group in groups) for groups, _ in items]
         order = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         starts, at = [0] * len(items), 0
         ranges: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[Range]]] = {}

@@ -151,8 +151,8 @@ class Between:
         """The totals of each slot after the stage before ``number``: each sum, then the number of elements."""
         device = slots[0].device
         boundary, table = self._totals[number - 1][device]
-        members = tuple(slot.index for slot in slots)  # a bucket's, or those of one of its stacks
-        return table[self._places(("given", number, id(boundary), members), boundary, slots, batch)]
+        key = ("given", number, id(boundary), tuple(slot.index for slot in slots))  # stacks of one batch share a cache
+        return table[self._places(key, boundary, slots, batch)]
 
     def _agreed(self, number: int, slots: Sequence[Slot], batch: Batch) -> torch.Tensor:
         """``[slots, 1]``: the factor of :class:`Agreed`."""

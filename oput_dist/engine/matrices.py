@@ -16,7 +16,7 @@ from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import Layout, LayoutError, clean_name, within
 from oput_dist.matrix.work import Held, Turn, Work
 
-from .owned import Owned
+from .owned import Owned, allocate, kept_bytes
 from .plan import Plan
 from .recipe import Group, Recipe
 from .slot import Slot
@@ -52,11 +52,14 @@ class _Family:
     def __init__(self, slots: Sequence[Slot], blocks: Sequence[_Block], owners: Owners, group: Any) -> None:
         self.slots, self.blocks, self._owners = slots, blocks, owners
         self.owned: dict[int, Owned] = {}
+        self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
         for slot in slots:
             own = [(i, block) for i, block in enumerate(blocks) if block.slot is slot]
             mine = {block.of_slot for i, block in own if owners.owners[i] == owners.rank}
             if own:
                 self.owned[slot.index] = Owned(slot, own[0][1].work, mine, group)
+                mine_only = {(b.shape, b.work, slot.group) for _, b in own if b.of_slot in mine}
+                self._kinds[slot.index] = mine_only.pop() if len(mine_only) == 1 else slot
 
     def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
         """See :meth:`Matrices.run`."""
@@ -69,9 +72,20 @@ class _Family:
                 for i, result in self._worked_on(alike, wholes, held, state, steps).items()
             }
 
+        self.create([slot for slot in self.slots if slot.index in memory], state)
         active = {i for i, block in enumerate(self.blocks) if block.slot.index in memory}
         pieces = [memory.get(slot.index, slot.piece) for slot in self.slots]
         self._owners.run(pieces, work, active if len(active) < len(self.blocks) else None)
+
+    def create(self, slots: Sequence[Slot], state: State) -> None:
+        """Make this rank's state of the blocks of some slots, where there is none."""
+        alike: dict[Any, list[tuple[Owned, dict[str, Any]]]] = {}
+        for slot in slots:
+            owned = self.owned.get(slot.index)
+            if owned is not None and owned.lacks(state[slot.parameter]):
+                alike.setdefault(self._kinds[slot.index], []).append((owned, state[slot.parameter]))
+        for every in alike.values():
+            allocate(every)
 
     def _alike(self, wholes: Wholes) -> list[list[int]]:
         """The matrices that can be worked on together: of one shape, kind and parameter group."""
@@ -101,7 +115,9 @@ class _Family:
         stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
         memory = {name: [view[name] for view in views] for name in kept}
         turn = Turn(steps[blocks[0].slot.group], tuple(block.of_group for block in blocks))
-        made = work(stacked, Held({name: one.shape for name, one in kept.items()}, memory), turn)
+        state_of = Held({name: one.shape for name, one in kept.items()}, memory)
+        made = work(stacked, state_of, turn)
+        state_of.finish()
         return dict(zip(numbers, made.unbind(), strict=True))
 
 
@@ -138,10 +154,10 @@ class Matrices:
         """The state that owners keep of a slot's blocks; None where it has no such work."""
         return next((f.owned[slot.index] for f in self._families if slot.index in f.owned), None)
 
-    def create(self, slot: Slot, state: dict[str, Any]) -> None:
-        """Make this rank's state of a slot's blocks, if it is not there."""
-        if (owned := self.owned(slot)) is not None:
-            owned.views(state)
+    def create(self, slots: Sequence[Slot], state: State) -> None:
+        """Make this rank's state of the blocks of some slots, where there is none."""
+        for family in self._families:
+            family.create(slots, state)
 
     def run(self, memory: Mapping[int, torch.Tensor], state: State, groups: Sequence[Group]) -> None:
         """Replace what every slot has by its piece of what is made of the whole. Every rank must call it.
@@ -218,13 +234,14 @@ def _owners(
 
 def _matrix(block: _Block, piece: int) -> Matrix:
     boxes = [part for box in block.slot.boxes for part in within(box, block.index)]
-    return Matrix(block.shape, block.work.cost(block.shape), boxes, piece)
+    kept = kept_bytes(block.work, block.shape, block.slot.dtype)
+    return Matrix(block.shape, block.work.cost(block.shape), kept, boxes, piece)
 
 
 def _facts(matrix: Matrix) -> tuple[object, ...]:
     """What a plan of owners is made from, as plain values."""
     places = [(box.start, box.shape, box.strides, [str(part) for part in box.index]) for box in matrix.boxes]
-    return matrix.shape, matrix.cost, matrix.piece, repr(places)
+    return matrix.shape, matrix.cost, matrix.kept, matrix.piece, repr(places)
 
 
 def sharing_group(name: str, layout: Layout) -> dist.ProcessGroup | None:

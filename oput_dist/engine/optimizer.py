@@ -162,6 +162,11 @@ class Optimizer(torch.optim.Optimizer):
         recipe = self.recipe(group, shape)
         return recipe.cautious() if group.get("cautious") else recipe
 
+    @property
+    def options(self) -> Options:
+        """What holds for all groups."""
+        return self._options
+
     def works_on_matrices(self) -> bool:
         """Whether any group may have parameters that are worked on whole; decided without looking at them."""
         return False

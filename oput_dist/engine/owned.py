@@ -15,7 +15,7 @@ from oput_dist.matrix.work import Kept, Work
 
 from .slot import Slot
 
-__all__ = ["Owned", "Range", "kept_by"]
+__all__ = ["Owned", "Range", "allocate", "kept_by", "kept_bytes"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def _state(each: Sequence[tuple[int, Kept]]) -> _State:
         ranges.append(Range(block, at, prod(kept.shape)))
         at += prod(kept.shape)
     return _State(each[0][1].dtype, tuple(ranges), at)
+
+
+def kept_bytes(work: Work, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes that the owner of one block keeps, for parameters of a dtype."""
+    return sum(prod(kept.shape) * kept.dtype.itemsize for kept in work.kept(shape, compute_dtype(dtype)).values())
 
 
 class Owned:
@@ -99,6 +104,10 @@ class Owned:
         if value.device != self._slot.device:  # the parameter was moved after it was made
             value = state[key] = value.to(self._slot.device)
         return value
+
+    def lacks(self, state: Mapping[str, object]) -> bool:
+        """Whether this rank owns blocks, and has no state of them yet."""
+        return any(self._own.values()) and not any(self._slot.key(name) in state for name in self._all)
 
     def views(self, state: MutableMapping[str, object]) -> dict[int, dict[str, torch.Tensor]]:
         """For each block that this rank owns its state by name, flat."""
@@ -161,3 +170,14 @@ class Owned:
         if whole.numel() == self._all[name].length:
             return torch.cat([whole[one.start : one.start + one.length] for one in own])
         return whole.clone()
+
+
+def allocate(every: Sequence[tuple[Owned, MutableMapping[str, object]]]) -> None:
+    """Make the state of parameters whose blocks are worked on together, with their state dicts, one after the other in
+    memory, so that a step need not stack it."""
+    first = every[0][0]
+    for name in first.names:
+        sizes = [sum(one.length for one in owned._own[name]) for owned, _ in every]
+        memory = torch.zeros(sum(sizes), dtype=first._all[name].dtype, device=first._slot.device)
+        for (owned, state), part in zip(every, memory.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+            state[owned._slot.key(name)] = part

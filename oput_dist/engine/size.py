@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from oput_dist.layout import whole_or_local
 
-__all__ = ["state_bytes"]
+__all__ = ["bytes_of", "state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of optimizer state that this rank holds: its local pieces and its scalars, of any torch optimizer."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    tensors = (whole_or_local(value) for value in values if isinstance(value, torch.Tensor))
+    return sum(bytes_of(state) for state in optimizer.state.values())
+
+
+def bytes_of(state: Mapping[str, Any]) -> int:
+    """Bytes of the state of one parameter that this rank holds."""
+    tensors = (whole_or_local(value) for value in state.values() if isinstance(value, torch.Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from oput_dist.backends import compute_dtype
 from oput_dist.layout import Box, Layout, LayoutError, dense_strides, flat, same_order, whole_or_local
 
+from .recipe import Recipe, vector_shape
 from .writing import COMPENSATION
 
-__all__ = ["Slot"]
+__all__ = ["Slot", "vectors_of"]
 
 
 class Slot:
@@ -167,3 +169,11 @@ class Slot:
         """Whether state lies as the piece does, so that it can be updated in place."""
         memory = self.layout.piece_of_state(value)
         return memory.device == self.device and memory.shape == self.piece.shape and same_order(memory, self.strides)
+
+
+def vectors_of(slot: Slot, recipe: Recipe, state: MutableMapping[str, Any]) -> list[torch.Tensor]:
+    """The local memory of a slot's state that is not parameter-shaped; zeros are made for what is missing."""
+    return [
+        slot.vector(state, name, vector_shape(slot.layout.shape, axes), compute_dtype(slot.dtype))
+        for name, axes in recipe.vectors
+    ]

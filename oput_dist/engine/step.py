@@ -19,8 +19,8 @@ from .finish import finish, updated
 from .matrices import Matrices, matrices_of, takes_part
 from .norm import clip_factor, power_table
 from .plan import Plan, check_sums
-from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of, vector_shape
-from .slot import Slot
+from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
+from .slot import Slot, vectors_of
 from .stacks import stacks_of
 from .sums import Boundary, Family
 from .writing import COMPENSATION, write_of
@@ -193,20 +193,12 @@ class Step:
         for slot in self._plan.slots:
             if slot.parameter.requires_grad and slot.parameter.grad is not None:
                 self._state_of(slot)
-                self._vectors_of(slot)
-                if matrices is not None:
-                    matrices.create(slot, self.state[slot.parameter])
+                vectors_of(slot, self.recipe_of(slot), self.state[slot.parameter])
                 self.state[slot.parameter]["step"] = self._plan.counter(slot)
+        if matrices is not None:
+            matrices.create([slot for slot in self._plan.slots if slot.parameter.grad is not None], self.state)
         tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
         return not any(bool((table != 0).any()) for table in tables.values())
-
-    def _vectors_of(self, slot: Slot) -> list[torch.Tensor]:
-        return [
-            slot.vector(
-                self.state[slot.parameter], name, vector_shape(slot.layout.shape, axes), compute_dtype(slot.dtype)
-            )
-            for name, axes in self.recipe_of(slot).vectors
-        ]
 
     def _norm_tables(self, active: Active) -> dict[torch.device, torch.Tensor]:
         """The squared norm of every parameter's gradient, on each device."""

@@ -104,6 +104,12 @@ class Boundary:
         """Whether nothing is summed here."""
         return not self._order
 
+    @property
+    def exchanged(self) -> list[tuple[dist.ProcessGroup, int]]:
+        """Every all-reduce of :meth:`reduce`: over which group, and how many float64 values."""
+        ranges = (*self._schedule.ranges, *self._largest.ranges)
+        return [(group, sum(stop - start for start, stop in parts)) for group, parts in ranges]
+
     def zeros(self, device: torch.device) -> torch.Tensor:
         """A table: what has no gradient adds nothing."""
         return torch.zeros(self._schedule.size + self._largest.size, dtype=torch.float64, device=device)

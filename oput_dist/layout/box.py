@@ -105,6 +105,9 @@ def within(box: Box, rectangle: Sequence[slice]) -> tuple[Box, ...]:
 
     Nothing if they do not meet; several where a strided shard meets it more than once.
     """
+    for own, part in zip(box.index, rectangle, strict=True):
+        if isinstance(own, slice) and (own.stop <= part.start or part.stop <= own.start):
+            return ()  # mostly, where ranks are many
     found = [box]
     for dim, part in enumerate(rectangle):
         found = [cut for one in found for cut in _cut(one, dim, part)]

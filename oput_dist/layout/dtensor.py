@@ -6,19 +6,18 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .base import Layout, LayoutError
 from .box import Box, Index, one_box
 from .flat import dense_strides
 
-__all__ = ["Distributed", "local_tensor"]
+__all__ = ["Distributed", "Sizes", "index_on", "local_tensor"]
 
 
 class Distributed(Layout):
@@ -50,7 +49,7 @@ class Distributed(Layout):
 
     @functools.cached_property
     def boxes(self) -> tuple[Box, ...]:
-        index = _index(self.shape, self._mesh, self._placements, self._coordinate)
+        index = index_on(self.shape, self._mesh, self._placements, self._coordinate)
         sizes = tuple(_length(part) for part in index)
         if prod(sizes) != self._local_shape.numel():
             raise LayoutError(
@@ -143,7 +142,7 @@ class Distributed(Layout):
 
     def spread(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int] | None:
         placements = [Shard(0)] * self._mesh.ndim
-        (index,) = _index((length,), self._mesh, placements, self._coordinate)
+        (index,) = index_on((length,), self._mesh, placements, self._coordinate)
         local = torch.zeros(_length(index), dtype=dtype, device=self.device)
         tensor = DTensor.from_local(
             local, self._mesh, placements, run_check=False, shape=torch.Size([length]), stride=(1,)
@@ -170,6 +169,9 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------- which indices a rank has
 
 
+Indices = TypeVar("Indices", torch.Tensor, range)
+
+
 class _Cut(NamedTuple):
     """One mesh dimension that cuts a tensor dimension."""
 
@@ -179,8 +181,16 @@ class _Cut(NamedTuple):
     mesh_dim: int
 
 
-def _index(
-    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], coordinate: Sequence[int]
+class Sizes(Protocol):
+    """What cutting a tensor needs of a mesh."""
+
+    def size(self, mesh_dim: int | None = None) -> int:
+        """Ranks along a dimension; all, for None."""
+        ...
+
+
+def index_on(
+    shape: Sequence[int], mesh: Sizes, placements: Sequence[Placement], coordinate: Sequence[int]
 ) -> tuple[Index, ...]:
     """For each dimension the global indices that the rank at ``coordinate`` of the mesh holds."""
     found: list[Index] = []
@@ -190,6 +200,9 @@ def _index(
             for mesh_dim, placement in enumerate(placements)
             if getattr(placement, "dim", None) == dim
         ]
+        if all(cut.strides == 1 for cut in cuts):
+            found.append(_consecutive(size, cuts, coordinate))
+            continue
         found.append(_as_slice(_from_the_left(size, cuts, dict(enumerate(coordinate)))))
         if not _unambiguous(size, cuts):
             raise LayoutError(
@@ -199,6 +212,14 @@ def _index(
     if sum(isinstance(part, torch.Tensor) for part in found) > 1:
         raise LayoutError(f"placements {tuple(placements)}: two dimensions that are both cut in strides")
     return tuple(found)
+
+
+def _consecutive(size: int, cuts: Sequence[_Cut], coordinate: Sequence[int]) -> slice:
+    """The indices where no cut is in strides."""
+    index = range(size)
+    for cut in cuts:
+        index = _part(index, cut.ranks, coordinate[cut.mesh_dim])
+    return slice(index.start, index.stop) if index else slice(0, 0)
 
 
 def _from_the_left(size: int, cuts: Sequence[_Cut], coordinate: Mapping[int, int]) -> torch.Tensor:
@@ -220,7 +241,7 @@ def _from_the_right(size: int, cuts: Sequence[_Cut], coordinate: Mapping[int, in
 
 def _unambiguous(size: int, cuts: Sequence[_Cut]) -> bool:
     """Whether both ways of cutting give every rank the same; they may not if a strided dimension is uneven."""
-    if all(cut.strides == 1 for cut in cuts) or size % prod(cut.ranks for cut in cuts) == 0:
+    if size % prod(cut.ranks for cut in cuts) == 0:
         return True
     for ranks in itertools.product(*(range(cut.ranks) for cut in cuts)):
         coordinate = dict(zip((cut.mesh_dim for cut in cuts), ranks, strict=True))
@@ -229,7 +250,7 @@ def _unambiguous(size: int, cuts: Sequence[_Cut]) -> bool:
     return True
 
 
-def _part(index: torch.Tensor, parts: int, number: int) -> torch.Tensor:
+def _part(index: Indices, parts: int, number: int) -> Indices:
     """One of the parts that ``torch.chunk`` makes, empty where it makes fewer."""
     size = -(-len(index) // parts)
     return index[number * size : (number + 1) * size]

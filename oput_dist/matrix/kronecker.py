@@ -1,45 +1,50 @@
-"""What optimizers with one matrix for each axis share: statistics, products along axes, blocks, counts."""
+"""What optimizers with one matrix for each axis share: statistics, products along axes, blocks, counts.
+
+Sums and products are separate operations: fused ones round the last elements of a tensor otherwise than the first, so
+that a stack of another size, as on another number of ranks, would give other bits.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
 
 import torch
 
-from .work import Held, Kept, Turn
+from .work import Kept, Turn
 
-__all__ = ["COUNTS", "Counts", "along", "broadcast", "cut", "due", "present", "products", "statistics", "weighted"]
+__all__ = ["COUNTS", "Counts", "add_to", "along", "average", "broadcast", "cut", "due", "present", "products"]
 
 COUNTS = "matrix_counts"
 """Where the owner of a matrix keeps its :class:`Counts`."""
 
 
-class Counts(NamedTuple):
-    """Of each matrix, ``[n]`` float64 on its device, so that no step waits for one; kept in fp32."""
+class Counts:
+    """Three numbers of each matrix, as views of what is kept, fp32 on its device, so that no step waits for one.
 
-    steps: torch.Tensor
-    """Gradients that counted."""
-    refreshes: torch.Tensor
-    """Roots or bases that were found."""
-    failures: torch.Tensor
-    """Of those that were not, so that the last one stayed."""
+    Args:
+        kept: ``[n, 3]``, changed in place.
+
+    Attributes:
+        steps: gradients that counted.
+        refreshes: roots or bases that were found.
+        failures: of those that were not, so that the last one stayed.
+    """
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        self.steps, self.refreshes, self.failures = kept.unbind(-1)
 
     @staticmethod
     def kept() -> Kept:
         """As state."""
         return Kept((3,), torch.float32)
 
-    @classmethod
-    def get(cls, held: Held) -> Counts:
-        """As they are kept."""
-        return cls(*held.get(COUNTS, torch.float64).unbind(-1))
-
-    def put(self, held: Held) -> None:
-        """Keep them."""
-        held.put(COUNTS, torch.stack(self, -1))
+    def refreshed(self, places: Sequence[int], good: torch.Tensor, tried: torch.Tensor) -> None:
+        """Count what was tried at some places of the stack, and what of it is good."""
+        at = torch.tensor(places, device=good.device)
+        self.refreshes.index_add_(0, at, good.float())
+        self.failures.index_add_(0, at, (tried & ~good).float())
 
 
 def present(stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,45 +53,60 @@ def present(stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A matrix of zeros is a missing gradient, as ranks cannot tell the two apart, and one that is not finite would spoil
     statistics for good. ``[n, *shape]`` and ``[n]`` bool.
     """
-    largest = stacked.flatten(1).abs().amax(1)  # NaN, if any element is
+    largest = torch.linalg.vector_norm(stacked.flatten(1), ord=float("inf"), dim=1)  # NaN, if any element is
     counts = (largest > 0) & torch.isfinite(largest)
+    if stacked.device.type == "cpu" and bool(counts.all()):
+        return stacked, counts
     return torch.where(broadcast(counts, stacked), stacked, torch.zeros_like(stacked)), counts
 
 
 def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
-    """``[n]`` in as many axes as ``stacked`` has."""
+    """``[n]`` in as many axes as ``stacked`` has, and in its dtype if it is no mask."""
+    each = each if each.dtype == torch.bool else each.to(stacked.dtype)
     return each.view(-1, *[1] * (stacked.dim() - 1))
 
 
-def weighted(old: torch.Tensor, new: torch.Tensor, decay: float, counts: torch.Tensor) -> torch.Tensor:
-    """``decay old + (1 - decay) new`` where a matrix counts, else ``old``; with a decay of 1 the sum of both."""
-    weight = 1.0 - decay if decay < 1 else 1.0
-    return torch.where(broadcast(counts, old), decay * old + weight * new, old)
+def average(old: torch.Tensor, new: torch.Tensor, decay: float, counts: torch.Tensor) -> None:
+    """Make ``old`` be ``decay old + (1 - decay) new``, or the sum of both if ``decay`` is 1, where a matrix counts."""
+    if decay == 1:
+        old += broadcast(counts.to(old.dtype), old) * new
+        return
+    old *= broadcast(_faded(decay, counts), old)
+    old += broadcast(counts.double() * (1.0 - decay), old) * new
 
 
-def statistics(
-    old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, counts: torch.Tensor
-) -> torch.Tensor:
-    """The moving average, or the sum, of ``m m^T`` where ``m`` has the axis as rows and all others as columns.
+def _faded(decay: float, counts: torch.Tensor) -> torch.Tensor:
+    """What remains of the old value, float64."""
+    return torch.where(counts, torch.full_like(counts, decay, dtype=torch.float64), 1.0)
+
+
+def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, counts: torch.Tensor) -> None:
+    """Bring ``m m^T`` into a moving average or a sum, where ``m`` has the axis as rows, all others as columns.
 
     Args:
-        old: ``[n, d, d]``.
+        old: ``[n, d, d]``, changed in place.
         gradient: ``[n, *shape]`` with ``shape[axis] == d``.
         axis: of a matrix.
         decay: of the old ones; 1 for the sum.
         counts: which matrices count; the others must be zeros, and keep what they have.
     """
-    m = gradient.movedim(axis + 1, 1).flatten(2)
-    weight = 1.0 - decay if decay < 1 else 1.0
-    faded = torch.where(counts[:, None, None], decay * old, old)
-    return torch.baddbmm(faded, m, m.mT, alpha=weight)
+    last = axis == gradient.dim() - 2
+    m = gradient.flatten(1, -2).mT if last else gradient.movedim(axis + 1, 1).flatten(2)
+    square = torch.bmm(m, m.mT)
+    if decay != 1:
+        old *= broadcast(_faded(decay, counts), old)
+        square *= 1.0 - decay
+    old += square
 
 
 def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Tensor:
-    """Each of ``[n, *shape]`` with each of ``[n, e, d]`` multiplied onto an axis of size ``d``."""
+    """Each of ``[n, *shape]`` with each of ``[n, e, d]`` multiplied onto an axis of size ``d``; dense."""
+    n, size, shape = len(stacked), matrices.shape[1], list(stacked.shape[1:])
+    if axis == len(shape) - 1:
+        return torch.bmm(stacked.flatten(1, -2), matrices.mT).view(n, *shape[:-1], size)
     moved = stacked.movedim(axis + 1, 1)
-    made = torch.bmm(matrices, moved.flatten(2)).view(len(stacked), matrices.shape[1], *moved.shape[2:])
-    return made.movedim(1, axis + 1)
+    made = torch.bmm(matrices, moved.flatten(2)).view(n, size, *moved.shape[2:])
+    return made if axis == 0 else made.movedim(1, axis + 1).contiguous()
 
 
 def due(turn: Turn, frequency: int, staggered: bool, start: int) -> list[int]:

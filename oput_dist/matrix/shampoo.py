@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kronecker import COUNTS, Counts, along, broadcast, cut, due, present, products, statistics, weighted
+from .kronecker import COUNTS, Counts, add_to, along, average, broadcast, cut, due, present, products
 from .roots import inverse_root
 from .work import Held, Kept, Turn, Work
 
@@ -53,27 +53,33 @@ class Precondition(Work):
 
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
         gradient, counting = present(stacked)
-        counts = Counts.get(held)
-        counts = counts._replace(steps=counts.steps + counting)
+        counts = Counts(held[COUNTS])
+        counts.steps += counting
         for axis in range(gradient.dim() - 1):
-            old = held.get(f"factor_{axis}", gradient.dtype)
-            held.put(f"factor_{axis}", statistics(old, gradient, axis, self.betas[1], counting))
+            self._add(held[f"factor_{axis}"], gradient, axis, counting)
         filtered = self._filtered(gradient, held, counts, counting)
         direction = self._graft(gradient, filtered, held, counts, counting)
-        counts = self._refresh(held, counts, turn, gradient.dtype)
-        counts.put(held)
-        return self._step(filtered, direction, held, counts, counting)
+        self._refresh(held, counts, turn, gradient)
+        update = self._step(filtered, direction, held, counts)
+        if update.device.type == "cpu" and bool(counting.all()):
+            return update
+        return torch.where(broadcast(counting, update), update, torch.zeros_like(update))
+
+    def _add(self, kept: torch.Tensor, gradient: torch.Tensor, axis: int, counting: torch.Tensor) -> None:
+        factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
+        add_to(factor, gradient, axis, self.betas[1], counting)
+        if factor is not kept:
+            kept.copy_(factor)
 
     def _filtered(self, gradient: torch.Tensor, held: Held, counts: Counts, counting: torch.Tensor) -> torch.Tensor:
         """The moving average that is preconditioned, and bias-corrected."""
         beta1, beta3 = self.betas[0], self.beta3
         if not beta1:
             return gradient
-        old = held.get("exp_avg")
-        correction = (1 - beta3 * beta1 ** (counts.steps - 1).clamp(min=0)).to(gradient.dtype)
-        filtered = (beta3 * old + (1 - beta3) * gradient) / broadcast(correction, gradient)
-        held.put("exp_avg", weighted(old, gradient, beta1, counting))
-        return filtered
+        other = None if beta3 == beta1 else beta3 * held["exp_avg"] + (1 - beta3) * gradient
+        average(held["exp_avg"], gradient, beta1, counting)
+        correction = 1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0)
+        return (held["exp_avg"] if other is None else other) / broadcast(correction, gradient)
 
     def _graft(
         self, gradient: torch.Tensor, filtered: torch.Tensor, held: Held, counts: Counts, counting: torch.Tensor
@@ -82,50 +88,47 @@ class Precondition(Work):
         if self.graft in (None, "sgd"):
             return filtered
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
-        squares = weighted(held.get("graft_sq"), gradient * gradient, beta, counting)
-        held.put("graft_sq", squares)
+        average(held["graft_sq"], gradient * gradient, beta, counting)
+        root = held["graft_sq"].sqrt()
         if self.graft == "adam":
-            squares = squares / broadcast(_correction(beta, counts, gradient.dtype), gradient)
-        return filtered / (squares.sqrt() + self.graft_eps)
+            root /= broadcast(_correction(beta, counts).sqrt(), root)
+        root += self.graft_eps
+        return torch.div(filtered, root, out=root)
 
-    def _refresh(self, held: Held, counts: Counts, turn: Turn, dtype: torch.dtype) -> Counts:
+    def _refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""
         places = due(turn, self.frequency, self.staggered, self.start)
         if not places:
-            return counts
-        axes = [name for name in held.names if name.startswith("factor_")]
-        correction = _correction(self.betas[1], counts, dtype)[places, None, None]
-        found = []
-        good = counts.steps[places] > 0
-        for axis, name in enumerate(axes):
-            factor = held.get(name, dtype)[places] / correction
-            roots, fine = inverse_root(factor, self._root(len(axes), axis), self.eps, self.root_method)
+            return
+        order = like.dim() - 1
+        correction = _correction(self.betas[1], counts)[places]
+        tried = counts.steps[places] > 0
+        found, good = [], tried
+        for axis in range(order):
+            factor = held[f"factor_{axis}"][places].to(like.dtype)
+            factor /= broadcast(correction, factor)
+            roots, fine = inverse_root(factor, self._root(order, axis), self.eps, self.root_method)
             found.append(roots)
             good = good & fine
         for axis, roots in enumerate(found):
-            every = held.get(f"root_{axis}", dtype).clone()
-            every[places] = torch.where(good[:, None, None], roots, every[places])
-            held.put(f"root_{axis}", every)
-        failed = ~good & (counts.steps[places] > 0)
-        refreshes, failures = counts.refreshes.clone(), counts.failures.clone()
-        refreshes[places] += good
-        failures[places] += failed
-        return counts._replace(refreshes=refreshes, failures=failures)
+            kept = held[f"root_{axis}"]
+            kept[places] = torch.where(good[:, None, None], roots.to(kept.dtype), kept[places])
+        counts.refreshed(places, good, tried)
 
     def _root(self, order: int, axis: int) -> float:
         """``p`` of the exponent ``-1/p``."""
         return 2.0 * order if self.exponents is None else 1.0 / self.exponents[min(order, len(self.exponents)) - 1]
 
-    def _step(
-        self, filtered: torch.Tensor, direction: torch.Tensor, held: Held, counts: Counts, counting: torch.Tensor
-    ) -> torch.Tensor:
+    def _step(self, filtered: torch.Tensor, direction: torch.Tensor, held: Held, counts: Counts) -> torch.Tensor:
         update = filtered
         for axis in range(filtered.dim() - 1):
-            update = along(update, held.get(f"root_{axis}", filtered.dtype), axis)
+            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis)
         if self.graft is not None:
-            update = update * broadcast(_norm(direction) / (_norm(update) + 1e-16), update)
-        update = torch.where(broadcast(counts.refreshes > 0, update), update, direction)
-        return torch.where(broadcast(counting, update), update, torch.zeros_like(update))
+            update *= broadcast(_norm(direction) / (_norm(update) + 1e-16), update)
+        ready = counts.refreshes > 0
+        if update.device.type == "cpu" and bool(ready.all()):
+            return update
+        return torch.where(broadcast(ready, update), update, direction)
 
 
 def _norm(stacked: torch.Tensor) -> torch.Tensor:
@@ -133,8 +136,7 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _correction(beta: float, counts: Counts, dtype: torch.dtype) -> torch.Tensor:
-    """What a moving average of so many values is divided by; 1 for sums, and before the first value."""
-    if beta == 1:
-        return torch.ones_like(counts.steps, dtype=dtype)
-    return torch.where(counts.steps > 0, 1 - beta**counts.steps, 1.0).to(dtype)
+def _correction(beta: float, counts: Counts) -> torch.Tensor:
+    """What a moving average of so many values is divided by, float64; 1 for sums, and before the first value."""
+    steps = counts.steps.double()
+    return torch.ones_like(steps) if beta == 1 else torch.where(steps > 0, 1 - beta**steps, 1.0)

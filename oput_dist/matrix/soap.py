@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kronecker import COUNTS, Counts, along, broadcast, cut, due, present, products, statistics, weighted
+from .kronecker import COUNTS, Counts, add_to, along, average, broadcast, cut, due, present, products
 from .roots import orthogonal_basis
 from .work import Held, Kept, Turn, Work
 
@@ -54,77 +54,84 @@ class AdamInEigenbasis(Work):
 
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
         gradient, counting = present(stacked)
-        counts = Counts.get(held)
+        counts = Counts(held[COUNTS])
         moving = counting & (counts.refreshes > 0)  # the first gradient only makes a basis
-        counts = counts._replace(steps=counts.steps + moving)
+        counts.steps += moving
         update = self._adam(gradient, held, counts, moving)
         for axis in self._axes(gradient.shape[1:]):
-            old = held.get(f"factor_{axis}", gradient.dtype)
-            held.put(f"factor_{axis}", statistics(old, gradient, axis, self.factor_beta, counting))
-        self._refresh(held, counts, turn, gradient).put(held)
+            kept = held[f"factor_{axis}"]
+            factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
+            add_to(factor, gradient, axis, self.factor_beta, counting)
+            if factor is not kept:
+                kept.copy_(factor)
+        self._refresh(held, counts, turn, gradient)
+        if update.device.type == "cpu" and bool(moving.all()):
+            return update
         return torch.where(broadcast(moving, update), update, torch.zeros_like(update))
 
     def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: torch.Tensor) -> torch.Tensor:
+        """Both averages are kept in the basis: until that turns, the first is what turning that of gradients gives."""
         beta1, beta2 = self.betas
-        average = weighted(held.get("exp_avg"), gradient, beta1, moving)
         turned = self._turned(gradient, held, back=False)
-        squares = weighted(held.get("exp_avg_sq"), turned * turned, beta2, moving)
-        held.put("exp_avg", average)
-        held.put("exp_avg_sq", squares)
-        steps = counts.steps.clamp(min=1)
-        factor = ((1 - beta2**steps).sqrt() / (1 - beta1**steps)).to(gradient.dtype)
-        step = self._turned(average, held, back=False) / (squares.sqrt() + self.eps)
-        return self._turned(step, held, back=True) * broadcast(factor, gradient)
+        average(held["exp_avg"], turned, beta1, moving)
+        average(held["exp_avg_sq"], turned * turned, beta2, moving)
+        steps = counts.steps.double().clamp(min=1)
+        step = held["exp_avg_sq"].sqrt()
+        step += self.eps
+        torch.div(held["exp_avg"], step, out=step)
+        step *= broadcast((1 - beta2**steps).sqrt() / (1 - beta1**steps), step)
+        return self._turned(step, held, back=True)
 
-    def _turned(self, stacked: torch.Tensor, held: Held, back: bool) -> torch.Tensor:
+    def _turned(
+        self, stacked: torch.Tensor, held: Held, back: bool, places: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Into the basis, or back from it."""
         for axis in self._axes(stacked.shape[1:]):
-            basis = held.get(f"basis_{axis}", stacked.dtype)
+            basis = held[f"basis_{axis}"] if places is None else held[f"basis_{axis}"][places]
+            basis = basis.to(stacked.dtype)
             stacked = along(stacked, basis if back else basis.mT, axis)
         return stacked
 
-    def _refresh(self, held: Held, counts: Counts, turn: Turn, gradient: torch.Tensor) -> Counts:
+    def _refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Bases at the first step, and where they are due after it, by one step of orthogonal iteration from the last.
 
         Steps are counted from the second one, the first that moves parameters.
         """
         later = Turn(turn.step - 1, turn.numbers)
-        places = (
-            list(range(len(turn.numbers))) if turn.step == 1 else due(later, self.frequency, self.staggered, start=0)
-        )
-        if not places:
-            return counts
-        fresh = (counts.refreshes[places] == 0).tolist()
+        everything = list(range(len(turn.numbers)))
+        places = everything if turn.step == 1 else due(later, self.frequency, self.staggered, start=0)
+        fresh = (counts.refreshes[places] == 0).tolist() if places else []
         for first in (True, False):
             some = [place for place, one in zip(places, fresh, strict=True) if one is first]
             if some:
-                counts = self._find(held, counts, some, first, gradient)
-        return counts
+                self._find(held, counts, some, first, like)
 
-    def _find(self, held: Held, counts: Counts, places: list[int], first: bool, gradient: torch.Tensor) -> Counts:
-        seen = torch.zeros(len(places), dtype=torch.bool, device=gradient.device)
-        good, found, squares = ~seen, {}, held.get("exp_avg_sq").clone()
-        part = squares[places]
-        for axis in self._axes(gradient.shape[1:]):
-            factor = held.get(f"factor_{axis}", gradient.dtype)[places]
-            seen |= factor.flatten(1).any(1)
-            last = None if first else held.get(f"basis_{axis}", gradient.dtype)[places]
+    def _find(self, held: Held, counts: Counts, places: list[int], first: bool, like: torch.Tensor) -> None:
+        """Find bases of the matrices at some places, and turn their averages. One that fails leaves all as it is."""
+        seen = torch.ones(len(places), dtype=torch.bool, device=like.device)
+        good, found, squares = seen, {}, held["exp_avg_sq"][places]
+        for axis in self._axes(like.shape[1:]):
+            factor = held[f"factor_{axis}"][places].to(like.dtype)
+            seen = seen & factor.flatten(1).any(1)
+            last = None if first else held[f"basis_{axis}"][places].to(like.dtype)
             if last is not None:
                 order = (last * (factor @ last)).sum(1).argsort(dim=-1, descending=True, stable=True)
                 last = torch.take_along_dim(last, order[:, None, :], 2)
-                shape = [1] * part.dim()
-                shape[0], shape[axis + 1] = order.shape
-                part = torch.take_along_dim(part, order.view(shape).expand_as(part), axis + 1)
+                index = order.view(len(places), *[-1 if i == axis else 1 for i in range(like.dim() - 1)])
+                squares = torch.take_along_dim(squares, index.expand_as(squares), axis + 1)
             found[axis], fine = orthogonal_basis(factor, last)
-            good &= fine
-        good &= seen if found else good
-        squares[places] = torch.where(broadcast(good, part), part, squares[places])
-        held.put("exp_avg_sq", squares)
+            good = good & fine
+        good = good & seen
+        gradient_average = self._turned(held["exp_avg"][places], held, back=True, places=places)
         for axis, basis in found.items():
-            every = held.get(f"basis_{axis}", gradient.dtype).clone()
-            every[places] = torch.where(good[:, None, None], basis, every[places])
-            held.put(f"basis_{axis}", every)
-        refreshes, failures = counts.refreshes.clone(), counts.failures.clone()
-        refreshes[places] += good
-        failures[places] += ~good & seen
-        return counts._replace(refreshes=refreshes, failures=failures)
+            _replace(held[f"basis_{axis}"], places, basis, good)
+        turned = self._turned(gradient_average, held, back=False, places=places)
+        _replace(held["exp_avg"], places, turned, good)
+        _replace(held["exp_avg_sq"], places, squares, good)
+        counts.refreshed(places, good, seen)
+
+
+def _replace(kept: torch.Tensor, places: Sequence[int], new: torch.Tensor, good: torch.Tensor) -> None:
+    """Keep what is good of something new for the matrices at some places."""
+    old = kept[places]
+    kept[places] = torch.where(broadcast(good, old), new.to(kept.dtype), old)

@@ -32,7 +32,10 @@ class Turn:
 
 
 class Held:
-    """The state of stacked matrices.
+    """The state of stacked matrices: ``held[name]`` is ``[n, *shape]``, and what is written there is kept.
+
+    Where the parts lie one after the other in memory it is a view of them; else a copy, which :meth:`finish` writes
+    back.
 
     Args:
         shapes: of the state of one matrix, by name.
@@ -41,21 +44,40 @@ class Held:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
         self._shapes, self._memory = shapes, memory
+        self._stacked: dict[str, torch.Tensor] = {}
+        self._copied: set[str] = set()
 
     @property
     def names(self) -> list[str]:
         """Of the states."""
         return list(self._shapes)
 
-    def get(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``[n, *shape]``, to be read only, and no longer once anything is put under the name: it may be a view."""
-        parts = [part.view(self._shapes[name]) for part in self._memory[name]]
-        stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-        return stacked if dtype is None else stacked.to(dtype)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._stacked:
+            parts, shape = self._memory[name], self._shapes[name]
+            if _adjacent(parts):
+                first, size = parts[0], parts[0].numel()
+                stacked = first.as_strided((len(parts), size), (size, 1), first.storage_offset())
+            else:
+                stacked = torch.stack(list(parts))
+                self._copied.add(name)
+            self._stacked[name] = stacked.view(len(parts), *shape)
+        return self._stacked[name]
 
-    def put(self, name: str, stacked: torch.Tensor) -> None:
-        """Keep ``[n, *shape]`` for the next step."""
-        torch._foreach_copy_([part.view(self._shapes[name]) for part in self._memory[name]], list(stacked.unbind()))
+    def finish(self) -> None:
+        """Write back what is not a view."""
+        for name in self._copied:
+            torch._foreach_copy_(list(self._memory[name]), list(self._stacked[name].flatten(1).unbind()))
+
+
+def _adjacent(parts: Sequence[torch.Tensor]) -> bool:
+    """Whether flat tensors of one size follow each other in one storage."""
+    start, size = parts[0].data_ptr(), parts[0].numel() * parts[0].element_size()
+    storage = parts[0].untyped_storage().data_ptr()
+    return all(
+        part.data_ptr() == start + i * size and part.untyped_storage().data_ptr() == storage
+        for i, part in enumerate(parts)
+    )
 
 
 class Work(ABC):
