@@ -123,7 +123,7 @@ def test_training_as_in_fp32() -> None:
 # ------------------------------------------------------------------------------------------------ backends and layouts
 
 
-def test_kernels_as_eager(interpreter: Executor) -> None:  # noqa: F811 - the fixture
+def test_kernels_as_eager(interpreter: Executor) -> None:
     """To the bit where there are no roots and sums, whose last bit is another."""
     exact = [Variant("lion"), Variant("sgd", {"momentum": 0.9, "weight_decay": 0.1, "cautious": True})]
     bf16, fp16 = (Setup(CPU, dtype) for dtype in SHORT)
@@ -230,7 +230,7 @@ def test_resume_is_exact() -> None:
 
 
 def test_state_without_it_begins_without() -> None:
-    """What was saved with ``kahan_sum=False``, or before there was any, loads; and what has it loads where it is off."""
+    """What was saved with ``kahan_sum=False``, or before there was any, loads; what has it loads where it is off."""
     params = parameters(torch.bfloat16)
     without = oput.AdamW(params, lr=0.01, kahan_sum=False)
     walk(without, params, range(2))

@@ -23,7 +23,7 @@ from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .slot import Slot, vectors_of
 from .stacks import stacks_of
 from .sums import Boundary, Family
-from .writing import COMPENSATION, write_of
+from .writing import names_of, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
 
@@ -171,8 +171,7 @@ class Step:
         return self._kinds[self._kind[slot.index]][0]
 
     def _state_of(self, slot: Slot) -> tuple[torch.Tensor, ...]:
-        recipe, prologue = self._kinds[self._kind[slot.index]]
-        names = (COMPENSATION, *recipe.state) if prologue.lost else recipe.state
+        names = names_of(self.recipe_of(slot).state, self._options.write, slot.dtype)
         return slot.flat_state(self.state[slot.parameter], names, self._options.state_dtype)
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
