@@ -52,8 +52,9 @@ def _box_tile(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
-    LOST: tl.constexpr,
-    NEAREST: tl.constexpr,
+    WRITE: tl.constexpr,
+    ASIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -74,11 +75,10 @@ def _box_tile(
     p_ptr = pointer(row, 3, P, MASKED)
     p = tl.load(p_ptr + offsets, mask=mask).to(C)
     g = tl.load(pointer(row, 4, G, MASKED) + offsets, mask=mask).to(C)
-    if LOST:
-        lost_ptr = pointer(row, 5, S[0], MASKED)
-        p = restored(p, tl.load(lost_ptr + offsets, mask=mask).to(C), NEAREST)
+    if WRITE == 1:
+        p = restored(p, tl.load(pointer(row, 5, S[0], MASKED) + offsets, mask=mask).to(C), ROUND)
     state = ()
-    for i in tl.static_range(LOST, len(S)):
+    for i in tl.static_range(ASIDE, len(S)):
         state = state + (tl.load(pointer(row, 5 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
     given = ()
     agreed = 0.0
@@ -117,13 +117,16 @@ def _box_tile(
                 value = tl.max(term, 0)
             tl.store(out + (batch * row_tiles + row_tile) * columns + c, value.to(tl.float64), mask=c < columns)
     if WRITES_P:
-        if LOST:
-            p, lost = split(p, NEAREST)
-            tl.store(lost_ptr + offsets, lost.to(S[0]), mask=mask)
+        if WRITE == 1:
+            p, lost = split(p, ROUND)
+            tl.store(pointer(row, 5, S[0], MASKED) + offsets, lost.to(S[0]), mask=mask)
+        if WRITE == 2:
+            bits = tl.load(pointer(row, 5, S[0], MASKED) + offsets, mask=mask)
+            p = ROUND(p, bits.to(tl.int32) & 0xFFFF)
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(state)):
-            k: tl.constexpr = LOST + i
+            k: tl.constexpr = ASIDE + i
             tl.store(pointer(row, 5 + k, S[k], MASKED) + offsets, state[i].to(S[k]), mask=mask)
 
 
@@ -146,8 +149,9 @@ def boxed(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
-    LOST: tl.constexpr,
-    NEAREST: tl.constexpr,
+    WRITE: tl.constexpr,
+    ASIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -168,12 +172,12 @@ def boxed(
     whole = ((row_tile + 1) * BR <= rows) & ((column_tile + 1) * BC <= columns)
     if whole & (tl.load(row + 2) != 0):
         _box_tile(row, hyper, scale, batch, row_tile, column_tile, rows, columns, RULE, H, KIND, CAUTION, N_H,
-                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, LOST, NEAREST, P, G, S, C,
-                  BR, BC, False)  # fmt: skip
+                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, WRITE, ASIDE, ROUND, P, G,
+                  S, C, BR, BC, False)  # fmt: skip
     else:
         _box_tile(row, hyper, scale, batch, row_tile, column_tile, rows, columns, RULE, H, KIND, CAUTION, N_H,
-                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, LOST, NEAREST, P, G, S, C,
-                  BR, BC, True)  # fmt: skip
+                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, WRITE, ASIDE, ROUND, P, G,
+                  S, C, BR, BC, True)  # fmt: skip
 
 
 def boxed_constexprs(
@@ -198,7 +202,7 @@ def boxed_constexprs(
         terms: how each term leaves a tile.
         tile: one of :data:`TILES`.
         scaled: whether a gradient scale is given.
-        p, g, state: dtypes of parameter, gradient and each state, with what rounding lost.
+        p, g, state: dtypes of parameter, gradient and each state, first that which is for the write alone.
     """
     return {
         **common_constexprs(stage, prologue, kind, scaled, p, g, state),

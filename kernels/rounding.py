@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .language import Rule, rule, tl
+from .stage import Write
 
-__all__ = ["nearest_of", "restored", "split"]
+__all__ = ["restored", "rounding_of", "split"]
 
 
 @rule
@@ -49,9 +50,31 @@ def split(p, NEAREST):
     return stored, NEAREST(p - stored)
 
 
+@rule
+def toss_bfloat16(x, bits):
+    """One of the two nearest bfloat16, as float32: the farther from zero if the rest and ``bits``, of 16, carry."""
+    tossed = (tl.cast(x, tl.int32, bitcast=True) + bits) & -0x10000
+    return tl.where(x == x, tl.cast(tossed, tl.float32, bitcast=True), x)
+
+
+@rule
+def toss_float16(x, bits):
+    """One of the two nearest float16, likewise by 13 of 16 bits."""
+    size = tl.abs(x)
+    small = size < 2.0**-14  # subnormal: spaced as those of the next power of two, where it is moved to
+    moved = tl.where(small, size + 2.0**-14, size)
+    tossed = (tl.cast(moved, tl.int32, bitcast=True) + (bits & 0x1FFF)) & -0x2000
+    size = tl.cast(tossed, tl.float32, bitcast=True)
+    size = tl.where(small, size - 2.0**-14, size)
+    size = tl.where(size > 65504.0, float("inf"), size)
+    return tl.where(x == x, tl.where(x < 0, -size, size), x)
+
+
 _NEAREST: dict[torch.dtype, Rule] = {torch.bfloat16: to_bfloat16, torch.float16: to_float16}
+_TOSS: dict[torch.dtype, Rule] = {torch.bfloat16: toss_bfloat16, torch.float16: toss_float16}
 
 
-def nearest_of(dtype: torch.dtype) -> Any:
-    """The rule that rounds to a 16-bit dtype; for others, which are stored as they are, any."""
-    return _NEAREST.get(dtype, to_bfloat16)
+def rounding_of(write: Write, dtype: torch.dtype) -> Any:
+    """The rule that rounds to a 16-bit dtype; for other dtypes, which are stored as they are, any."""
+    rules = _TOSS if write is Write.STOCHASTIC else _NEAREST
+    return rules.get(dtype, to_bfloat16)

@@ -255,6 +255,8 @@ class Write(Enum):
     NEAREST = 0
     KAHAN = 1
     """To nearest. What that loses is kept, in the first state tensor, and added wherever the parameter is read."""
+    STOCHASTIC = 2
+    """Up or down, more likely to what is nearer, by random bits, which are the first state tensor."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,6 @@ class Prologue:
     write: Write = Write.NEAREST
 
     @property
-    def lost(self) -> int:
-        """How many state tensors, the first ones, hold what rounding lost; rules do not see them."""
-        return int(self.write is Write.KAHAN)
+    def aside(self) -> int:
+        """How many state tensors, the first ones, are for the write alone; rules do not see them."""
+        return int(self.write is not Write.NEAREST)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from oput_dist.kernels.language import as_torch, fresh_function
-from oput_dist.kernels.rounding import nearest_of, restored, split
+from oput_dist.kernels.rounding import restored, rounding_of, split
 from oput_dist.kernels.stage import (
     Agreed,
     Agreement,
@@ -21,6 +21,7 @@ from oput_dist.kernels.stage import (
     Prologue,
     Stage,
     Update,
+    Write,
     plain,
 )
 
@@ -34,7 +35,7 @@ Body: TypeAlias = Callable[
 ]
 """``body(p, g, state, row, scale, c)``, in place.
 
-``state`` begins with what rounding lost, where that is kept. ``row`` is ``[decay, *h]`` in the compute dtype, ``scale``
+``state`` begins with what is for the write alone. ``row`` is ``[decay, *h]`` in the compute dtype, ``scale``
 0-d or None, ``c`` the factors: a tensor with a 0-d or elementwise one in each row, or a tuple of tensors that broadcast
 against a box. Returns the terms of a Measure, elementwise or summed; nothing otherwise.
 """
@@ -64,8 +65,9 @@ def body_of(
     largest_axes = [_others(axes, ndim) for axes in stage.maxima]
     inner = plain(stage)
     takes = inner.given is not None
-    lost = prologue.lost
-    restore, divide, nearest = as_torch(restored), as_torch(split), as_torch(nearest_of(dtype))
+    aside, lossless, tossed = prologue.aside, prologue.write is Write.KAHAN, prologue.write is Write.STOCHASTIC
+    restore, divide = as_torch(restored), as_torch(split)
+    rounded = as_torch(rounding_of(prologue.write, dtype))
 
     def total(term: torch.Tensor, axes: Axes | None) -> torch.Tensor:
         if axes is None:
@@ -89,8 +91,8 @@ def body_of(
     def prepare(p: Any, g: torch.Tensor, state: Tensors, decay: torch.Tensor, scale: torch.Tensor | None) -> Tensors:
         compute = compute_dtype(p.dtype)
         p, g = p.to(compute), g.to(compute)
-        if lost:
-            p = restore(p, state[0].to(compute), nearest)
+        if lossless:
+            p = restore(p, state[0].to(compute), rounded)
         if scale is not None:
             g = g * scale
         if prologue.maximize:
@@ -103,16 +105,18 @@ def body_of(
 
     def widen(state: Tensors, compute: torch.dtype) -> Tensors:
         """What rules see of the state."""
-        return tuple(s.to(compute) for s in state[lost:])
+        return tuple(s.to(compute) for s in state[aside:])
 
     def write(p: torch.Tensor, state: Tensors, new: torch.Tensor) -> None:
-        if lost:
-            new, rest = divide(new, nearest)
+        if lossless:
+            new, rest = divide(new, rounded)
             state[0].copy_(rest)
+        if tossed:
+            new = rounded(new, state[0].to(torch.int32) & 0xFFFF)
         p.copy_(new)
 
     def write_state(state: Tensors, new: Tensors) -> None:
-        for old, value in zip(state[lost:], new):  # noqa: B905 - Dynamo does not trace strict=
+        for old, value in zip(state[aside:], new):  # noqa: B905 - Dynamo does not trace strict=
             old.copy_(value)
 
     def update(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from oput_dist.kernels.stage import Axes, Prologue, Stage, measures
+from oput_dist.kernels.stage import Axes, Prologue, Stage, Write, measures
 
 from .batch import Batch, Stack, compute_dtype
 from .body import Body, body_of, factors_of
@@ -100,7 +100,7 @@ class TorchBackend:
         terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
         if out is not None:
             out[index] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
-        for number in _changed(stage, batch.prologue.lost, len(lists)):
+        for number in _changed(stage, batch.prologue, len(lists)):
             torch._foreach_copy_(lists[number], gathered[number][1])
 
     def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
@@ -128,7 +128,7 @@ class TorchBackend:
             c = tuple(_rows(factor, start, stop) for factor in stack.factors)
             made.append(body(p_part, g_part, tuple(state_part), row, scale, c))
         if n > 1:
-            for number in _changed(stage, batch.prologue.lost, len(packed)):
+            for number in _changed(stage, batch.prologue, len(packed)):
                 torch._foreach_copy_(stack.tensors[number], list(torch.split(packed[number], size)))
         by_term = list(zip(*made, strict=True))
         sums, maxima = by_term[: len(stage.sums)], by_term[len(stage.sums) :]
@@ -158,10 +158,11 @@ class TorchBackend:
         return self.prepare(body_of(stage, prologue, kind, summed, ndim, dtype), stage)
 
 
-def _changed(stage: Stage, lost: int, count: int) -> list[int]:
-    """Which of parameter, gradient, what rounding lost, and state, ``count`` together, a stage writes."""
-    written = [0, *range(2, 2 + lost)] if stage.writes_parameter else []
-    return [*written, *(range(2 + lost, count) if stage.writes_state else [])]
+def _changed(stage: Stage, prologue: Prologue, count: int) -> list[int]:
+    """Which of parameter, gradient, and state, ``count`` together, a stage writes."""
+    kept = [2] if prologue.write is Write.KAHAN else []
+    written = [0, *kept] if stage.writes_parameter else []
+    return [*written, *(range(2 + prologue.aside, count) if stage.writes_state else [])]
 
 
 def _row_ranges(shape: Sequence[int], chunk: int) -> list[tuple[int, int]]:

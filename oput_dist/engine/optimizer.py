@@ -20,7 +20,7 @@ from .accumulation import check_accumulates
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive, signature_checks
 from .load import load_state_dict
 from .model import Model, check_not_replaced
-from .options import GroupHandle, group_handle, options_of, releases
+from .options import GroupHandle, check_rounded, group_handle, options_of, releases
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
 from .rewrite import rewrite
@@ -61,6 +61,9 @@ class Common(TypedDict, total=False):
     - ``kahan_sum`` (bool): keep what rounding to bfloat16 or float16 parameters loses, as one more state,
       ``kahan_comp``, and add it wherever they are read, so that also what is far smaller than they are adds up: updates
       and weight decay. By default it is kept; False leaves it out. Other parameters take no notice.
+    - ``stochastic_rounding`` (bool, False): round bfloat16 and float16 parameters up or down at random, so that nothing
+      is lost on average, in place of ``kahan_sum``: no state, 2 bytes per parameter of scratch. The bits follow from
+      name, step and place of each element alone, in every layout.
     """
 
     decouple_lr: bool
@@ -79,6 +82,7 @@ class Common(TypedDict, total=False):
     module: nn.Module | None
     state_dtype: torch.dtype | None
     kahan_sum: bool | None
+    stochastic_rounding: bool
 
 
 _GROUP_COMMON: dict[str, Check] = {
@@ -152,6 +156,7 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             params = [(clean_name(name), parameter) for name, parameter in params.named_parameters()]
         super().__init__(params, every)
+        check_rounded(owner, self._options, (p for group in self.param_groups for p in group["params"]))
 
     @abstractmethod
     def recipe(self, group: Group, shape: Shape) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from oput_dist.kernels.stage import Write
 
 from .hyper import boolean, check_group, optional, positive
 from .step import Options
+from .writing import write_of
 
-__all__ = ["GroupHandle", "group_handle", "options_of", "releases"]
+__all__ = ["GroupHandle", "check_rounded", "group_handle", "options_of", "releases"]
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -90,9 +91,26 @@ def _state_dtype(owner: str, common: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def _write(owner: str, common: Mapping[str, Any]) -> Write:
-    value = common.get("kahan_sum")
-    check_group(owner, {"kahan_sum": value}, {"kahan_sum": optional(boolean)})
-    return Write.NEAREST if value is False else Write.KAHAN
+    kahan, stochastic = common.get("kahan_sum"), common.get("stochastic_rounding", False)
+    check_group(owner, {"kahan_sum": kahan}, {"kahan_sum": optional(boolean)})
+    check_group(owner, {"stochastic_rounding": stochastic}, {"stochastic_rounding": boolean})
+    if kahan and stochastic:
+        raise ValueError(
+            f"{owner}: kahan_sum=True and stochastic_rounding=True cannot go together: each is a way "
+            "to lose nothing in rounding; leave one of them out"
+        )
+    if stochastic:
+        return Write.STOCHASTIC
+    return Write.NEAREST if kahan is False else Write.KAHAN
+
+
+def check_rounded(owner: str, options: Options, params: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError for stochastic rounding where no parameter is rounded."""
+    if options.write is Write.STOCHASTIC and all(write_of(options.write, p.dtype) is Write.NEAREST for p in params):
+        raise ValueError(
+            f"{owner}: stochastic_rounding=True, but no parameter is bfloat16 or float16, and others are not rounded: "
+            "leave it out, or cast the model first: oput.to_low_precision(model)"
+        )
 
 
 def _max_grad_norm(owner: str, common: Mapping[str, Any]) -> float | None:

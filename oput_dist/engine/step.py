@@ -17,6 +17,7 @@ from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vect
 from .between import Between
 from .finish import finish, updated
 from .matrices import Matrices, matrices_of, takes_part
+from .noise import bits_for
 from .norm import clip_factor, power_table
 from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
@@ -251,7 +252,7 @@ class Step:
             batch = Batch(
                 p=values,
                 g=[gradient for _, gradient in members],
-                state=[state[slot] for slot in slots],
+                state=[(*self._bits(slot, prologue), *state[slot]) for slot in slots],
                 scalars=self.scalars_of(slots),
                 prologue=prologue,
                 scale=scale.get(key[3]),
@@ -271,6 +272,10 @@ class Step:
         assert len({type(h) for h in named}) == 1, "scalars of one recipe must have the same names at every step"
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         return Scalars(type(named[0]), values, which, slots[0].device)
+
+    def _bits(self, slot: Slot, prologue: Prologue) -> tuple[torch.Tensor, ...]:
+        """What stochastic rounding of a slot takes."""
+        return (bits_for(slot, self._steps[slot]),) if prologue.write is Write.STOCHASTIC else ()
 
     def _matrices(self) -> Matrices | None:
         if all(recipe.whole is None for recipe, _ in self._kinds):
@@ -415,5 +420,5 @@ class Step:
 def _set_apart(batch: Batch) -> None:
     """Have a batch write copies of its parameters and of what their rounding lost."""
     batch.p = [value.clone() for value in batch.p]
-    lost = batch.prologue.lost
-    batch.state = [(*(each.clone() for each in state[:lost]), *state[lost:]) for state in batch.state]
+    aside = batch.prologue.aside
+    batch.state = [(*(each.clone() for each in state[:aside]), *state[aside:]) for state in batch.state]

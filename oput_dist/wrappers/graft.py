@@ -63,7 +63,8 @@ class AdaGraft(Wrapper):
     where :math:`s_M` and :math:`s_D` are the steps that the two would make from :math:`p_{t-1}`, and :math:`\eta` is
     the learning rate of :math:`M`. Norms are of each tensor, or of all together. So the learning rate of :math:`D`
     cancels; but give it one like that of :math:`M`, since its steps are rounded as parameters are. Parameters in bf16
-    are too coarse for this, and ``kahan_sum`` of either optimizer has no effect.
+    are too coarse for this, and ``kahan_sum`` and ``stochastic_rounding`` of either
+    optimizer have no effect.
 
     The groups are those of the magnitude optimizer, ``inner``, which schedules act on. State and groups of
     ``direction`` are saved and loaded with it, under names that begin with ``direction_``.
