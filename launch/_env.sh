@@ -63,8 +63,9 @@ prepare() { # $1: train or dev; dev includes train
         return
     fi
     say "installing oput-dist[$1] into .venv (a few minutes the first time)"
+    # DeepSpeed compiles nothing: none of its kernels is used.
     # shellcheck disable=SC2046  # two words, or none
-    $PY -m pip install --quiet --disable-pip-version-check $(cpu_index) -c constraints.txt -e ".[$1]"
+    DS_BUILD_OPS=0 $PY -m pip install --quiet --disable-pip-version-check $(cpu_index) -c constraints.txt -e ".[$1]"
     if [ "$1" = dev ]; then # without its dependency torchvision, whose CUDA build does not fit a CPU build of torch
         $PY -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm
     fi

@@ -28,6 +28,7 @@ class Options:
     parallel: str
     shard_size: int | None
     tensor_size: int | None
+    ds_config: Path | None
     device: str | None
     dtype: str | None
     threads: int | None
@@ -125,9 +126,12 @@ def _parser() -> argparse.ArgumentParser:
                        "fsdp1-hybrid (default: those of a machine, or half of them on one machine)")  # fmt: skip
     group.add_argument("--tensor-size", type=_whole(1), metavar="N", help="ranks that share the heads, for fsdp2-tp "
                        "(default: 2)")  # fmt: skip
+    group.add_argument("--ds-config", type=Path, metavar="FILE", help="a DeepSpeed configuration for zero1-ds to "
+                       "zero3-ds (default: launch/deepspeed/zero1.json to zero3.json)")  # fmt: skip
     group.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is a GPU)")
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="of the computation (default: bf16 on GPUs, or fp32)")
     group.add_argument("--threads", type=_whole(1), help="per rank on a CPU (default: the cores, shared out)")
+    group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it, beside LOCAL_RANK
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=_whole(1), default=1000, help="optimizer steps")
     group.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="sequences a step, on all ranks")
@@ -153,6 +157,7 @@ def parse(arguments: Sequence[str] | None, world: World) -> Options:
     """The options of this run; UsageError if they make no sense together or for `world`."""
     values = vars(_parser().parse_args(arguments))
     pairs = values.pop("opt")
+    values.pop("local_rank")
     options = Options(opt=dict(pairs), **values)
     if len(options.opt) < len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
@@ -170,6 +175,8 @@ def parse(arguments: Sequence[str] | None, world: World) -> Options:
             f"--batch-size {options.batch_size} cannot be divided over {grid.readers} {readers} times "
             f"{options.accumulate} micro-batch(es); use {fits}"
         )
+    if options.ds_config is not None and not options.parallel.endswith("-ds"):
+        raise UsageError(f"--ds-config is for zero1-ds, zero2-ds and zero3-ds, not --parallel {options.parallel}")
     if options.width % options.heads:
         raise UsageError(f"--width {options.width} is not a multiple of --heads {options.heads}")
     if options.heads % grid.tensor:

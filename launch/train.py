@@ -5,6 +5,7 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from launch import checkpoint, data, parallel
 from launch.errors import UsageError
 from launch.estimates import curved, refresh
 from launch.model import GPT
+from launch.mpi import adopt_ranks
 from launch.options import Options, parse
+from launch.parallel import zero
 from launch.report import Clock, Report, Row
 from launch.schedule import scale
 from launch.world import (
@@ -75,9 +78,18 @@ class Trainer:
         self.grid = options.grid(world)
         model = GPT(options.width, options.layers, options.heads, options.context).to(device)
         self.size = sum(p.numel() for p in model.parameters())  # of the whole: FSDP1 leaves each rank a part
-        self.module = parallel.spread(model, options.parallel, self.grid, device, self.bf16)
+        self.optimizer: Any
+        if options.parallel.endswith("-ds"):
+            micro_batch = options.batch_size // (self.grid.readers * options.accumulate)
+            make = partial(build_optimizer, options, model)
+            self.module = zero.engine(
+                model, lambda _: make(), options.parallel, options.ds_config, self.bf16, micro_batch
+            )
+            self.optimizer = self.module.basic_optimizer
+        else:
+            self.module = parallel.spread(model, options.parallel, self.grid, device, self.bf16)
+            self.optimizer = build_optimizer(options, parallel.unwrapped(self.module))
         self.model = parallel.unwrapped(self.module)
-        self.optimizer: Any = build_optimizer(options, self.model)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.clock = Clock(device)
 
@@ -112,7 +124,7 @@ class Trainer:
             marks.append(self.clock.now())
             return loss
 
-        loss = self.optimizer.step(gradients)
+        loss = parallel.optimizer_step(self.module, self.optimizer, gradients)
         self.optimizer.zero_grad()
         start, before, *_, middle = marks  # some optimizers ask for gradients twice
         moments = (start, before, middle, self.clock.now())
@@ -130,9 +142,9 @@ class Trainer:
         options, total = self.options, torch.zeros((), device=self.device)
         for part, (inputs, targets) in enumerate(self.batches(step)):
             with parallel.gradient_exchange(self.module, last=part == options.accumulate - 1):
-                loss = self.loss(self.module, inputs, targets).mean() / options.accumulate
-                loss.backward()
-            total += loss.detach()
+                loss = self.loss(self.module, inputs, targets).mean()
+                parallel.backward(self.module, loss, options.accumulate)
+            total += loss.detach() / options.accumulate
         return total
 
     def held_out_loss(self) -> Tensor:
@@ -206,6 +218,11 @@ def start(options: Options, world: World) -> tuple[Trainer, int]:
     if options.checkpoint is None:
         return trainer, 0
     with together(world):
+        if options.parallel.endswith("-ds"):
+            raise UsageError(
+                f"--checkpoint is not for --parallel {options.parallel}, whose engine has save_checkpoint and "
+                "load_checkpoint of its own (docs/deepspeed.md); use zero1 or fsdp2, or leave it out"
+            )
         if world.rank == 0:
             make_folder("--checkpoint", options.checkpoint)
         checkpoint.check_savable(trainer.model, trainer.optimizer)
@@ -306,6 +323,11 @@ def run(arguments: Sequence[str] | None, world: World) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; 0, or 2 after one sentence about bad input, or 1 if it could not be finished."""
+    try:
+        adopt_ranks()
+    except UsageError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return e.status
     world = World.from_environment()
     if world.size > 1:
         connect(world)

@@ -6,17 +6,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp import ShardingStrategy as Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from launch.model import GPT
-from launch.parallel import ddp, fsdp1, fsdp2, tensor
+from launch.parallel import ddp, fsdp1, fsdp2, tensor, zero
 from launch.parallel.grid import Grid
 
-__all__ = ["PARALLEL", "Grid", "casts", "gradient_exchange", "spread", "unwrapped"]
+__all__ = ["PARALLEL", "Grid", "backward", "casts", "gradient_exchange", "optimizer_step", "spread", "unwrapped"]
 
 
 def alone(model: GPT, mesh: None, bf16: bool) -> nn.Module:
@@ -45,6 +45,10 @@ PARALLEL: dict[str, tuple[tuple[str, ...], Recipe]] = {
     "fsdp1-grad-op-flat": (("shard",), partial(fsdp1.shard, **GRAD_OP, **FLAT)),
     "fsdp1-hybrid": (("replica", "shard"), partial(fsdp1.shard, **HYBRID)),
     "fsdp1-hybrid-flat": (("replica", "shard"), partial(fsdp1.shard, **HYBRID, **FLAT)),
+    # DeepSpeed's, whose engine holds the optimizer too: see zero.engine
+    "zero1-ds": (("replica",), alone),
+    "zero2-ds": (("replica",), alone),
+    "zero3-ds": (("replica",), alone),
 }
 
 
@@ -56,18 +60,41 @@ def spread(model: GPT, parallel: str, grid: Grid, device: torch.device, bf16: bo
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module whose parameters are trained and saved: a DistributedDataParallel is for the backward pass only."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    """The module whose parameters are trained and saved: a DistributedDataParallel is for the backward pass only, and
+    so is an engine of DeepSpeed."""
+    inner: Any = module.module if isinstance(module, DistributedDataParallel) or zero.is_engine(module) else module
+    whole: nn.Module = inner
+    return whole
 
 
 def casts(module: nn.Module) -> bool:
     """Whether `module` computes in the dtype it was told by itself, so that it needs no autocast."""
-    return isinstance(module, FSDPModule | FullyShardedDataParallel)
+    return isinstance(module, FSDPModule | FullyShardedDataParallel) or zero.is_engine(module)
+
+
+def backward(module: nn.Module, loss: Tensor, parts: int) -> None:
+    """The backward pass of one of `parts` micro-batches, given its own mean loss."""
+    if zero.is_engine(module):
+        module.backward(loss / parts)  # type: ignore[operator]
+    else:
+        (loss / parts).backward()
+
+
+def optimizer_step(module: nn.Module, optimizer: Any, gradients: Callable[[], Tensor]) -> Tensor:
+    """One step, with `gradients` as its closure; an engine of DeepSpeed runs the optimizer itself."""
+    if not zero.is_engine(module):
+        stepped: Tensor = optimizer.step(gradients)
+        return stepped
+    loss = gradients()
+    module.step()  # type: ignore[operator]
+    return loss
 
 
 def gradient_exchange(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Around one micro-batch: gradients travel with the last one of a step only."""
-    if isinstance(module, FSDPModule):
+    if zero.is_engine(module):
+        module.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+    elif isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     elif isinstance(module, DistributedDataParallel | FullyShardedDataParallel) and not last:
         return module.no_sync()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,25 @@ from oput_dist.backends import BACKENDS, check_backend
 from oput_dist.kernels.stage import Write
 
 from .hyper import boolean, check_group, optional, positive
-from .step import Options
 from .writing import write_of
 
-__all__ = ["GroupHandle", "check_rounded", "group_handle", "options_of", "releases"]
+__all__ = ["GroupHandle", "Options", "check_rounded", "group_handle", "options_of", "releases"]
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for a whole optimizer."""
+
+    backends: tuple[str, ...] = BACKENDS
+    state_dtype: torch.dtype | None = None
+    write: Write = Write.KAHAN
+    """How parameters of 16 bits are written."""
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    accumulate: bool = False
+    """Whether gradients, without weight decay, go into the state only, and parameters stay as they are."""
 
 
 class GroupHandle:

@@ -48,12 +48,17 @@ def split(params: Params, test: Test, by: str, module: nn.Module | None = None) 
                 "FSDP1 (FullyShardedDataParallel) flattened these parameters, so their shapes and layers are unknown: "
                 f"this configuration, which tells parameters apart by {by}, needs the wrapped module in their place"
             )
-        first = {p: known[p] if p in known else test(name, None, len(p.shape)) for name, p in named}
+        first = {p: known[p] if p in known else test(name, None, _axes(p)) for name, p in named}
     with_names = all(name for name, _ in named)
     kinds: tuple[list[Any], list[Any]] = ([], [])
     for name, p in named:
         kinds[not first[p]].append((name, p) if with_names else p)
     return kinds
+
+
+def _axes(parameter: torch.Tensor) -> int:
+    """Of its original shape; under DeepSpeed's ``zero.Init`` a parameter itself is an empty placeholder."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _by_module(module: nn.Module, test: Test, by: str) -> dict[torch.Tensor, bool]:
@@ -68,7 +73,7 @@ def _by_module(module: nn.Module, test: Test, by: str) -> dict[torch.Tensor, boo
     for name, p in module.named_parameters():
         flat = flattened.get(p)
         if flat is None:
-            found[p] = kind(clean_name(name), len(p.shape))
+            found[p] = kind(clean_name(name), _axes(p))
         else:
             found[p] = _of_flat(clean_name(name), flat, [kind(o.name, len(o.shape)) for o in flat.originals], by)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oput_dist.backends import BACKENDS, Batch, Scalars, choose, compute_dtype, send
+from oput_dist.backends import Batch, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule
 from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors, Write
 
@@ -19,6 +19,7 @@ from .finish import finish, updated
 from .matrices import Matrices, matrices_of, takes_part
 from .noise import bits_for
 from .norm import clip_factor, power_table
+from .options import Options
 from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .slot import Slot, vectors_of
@@ -31,20 +32,6 @@ __all__ = ["Options", "Outcome", "Spread", "Step"]
 State = MutableMapping[torch.Tensor, dict[str, Any]]
 Active = Sequence[tuple[Slot, torch.Tensor]]
 """Slots with a gradient and elements of their own, each with its gradient."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What holds for a whole optimizer."""
-
-    backends: tuple[str, ...] = BACKENDS
-    state_dtype: torch.dtype | None = None
-    write: Write = Write.KAHAN
-    """How parameters of 16 bits are written."""
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-    accumulate: bool = False
-    """Whether gradients, without weight decay, go into the state only, and parameters stay as they are."""
 
 
 class Outcome(Enum):

@@ -22,7 +22,7 @@ from .slot import Slot
 from .wrapper import Own, check_own
 from .writing import COMPENSATION
 
-__all__ = ["full_state_dict"]
+__all__ = ["full_state_dict", "put_together"]
 
 _Found = dict[str, torch.dtype]
 """The state of a slot that exists on some rank; empty where none does."""
@@ -64,7 +64,10 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
         own = optimizer.state.get(slot.parameter, {})
         state[i] = {}
         for name in _shaped(recipes[i]):
-            if name in found[i] and (whole := _whole(slot, own.get(name), found[i][name], scratch, keep)) is not None:
+            if (
+                name in found[i]
+                and (whole := put_together(slot, own.get(name), found[i][name], scratch, keep)) is not None
+            ):
                 state[i][name] = whole
         state[i] |= {name: _copy(value) for name, value in _vectors(slot, own, recipes[i]).items()}
         owned = None if matrices is None else matrices.owned(slot)
@@ -104,7 +107,7 @@ def _merged(ranks: Sequence[list[tuple[_Found, float | None]]]) -> list[tuple[_F
     return merged
 
 
-def _whole(
+def put_together(
     slot: Slot, value: torch.Tensor | None, dtype: torch.dtype, scratch: dict[torch.device, torch.Tensor], keep: bool
 ) -> torch.Tensor | None:
     """A state tensor put together from the pieces of all ranks; None if not kept.

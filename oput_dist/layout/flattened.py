@@ -8,12 +8,21 @@ from .base import LayoutError
 from .box import Box
 from .plain import Plain
 
-__all__ = ["Flattened", "is_flattened"]
+__all__ = ["Flattened", "is_flattened", "mark_flattened"]
+
+_MARK = "_oput_flattened"
 
 
 def is_flattened(parameter: torch.Tensor) -> bool:
-    """Whether FSDP1 (``FullyShardedDataParallel``) made this parameter, with ``use_orig_params`` or without."""
-    return bool(getattr(parameter, "_fsdp_flattened", False)) or type(parameter).__name__ == "FlatParameter"
+    """Whether FSDP1 (``FullyShardedDataParallel``) made this parameter, with ``use_orig_params`` or without, or
+    DeepSpeed did (:func:`mark_flattened`)."""
+    by_fsdp1 = bool(getattr(parameter, "_fsdp_flattened", False)) or type(parameter).__name__ == "FlatParameter"
+    return by_fsdp1 or hasattr(parameter, _MARK)
+
+
+def mark_flattened(parameter: torch.Tensor) -> None:
+    """Say that a tensor stands for ranges of several parameters, which nothing in it shows (DeepSpeed's partitions)."""
+    setattr(parameter, _MARK, True)
 
 
 class Flattened(Plain):

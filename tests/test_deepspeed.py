@@ -1,0 +1,34 @@
+"""Every optimizer at every ZeRO stage of DeepSpeed gives what one process gives on the same gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from oput_dist.optimizers import OPTIMIZERS
+from tests.cases import CASES
+from tests.conformance import Case
+from tests.deepspeed_worlds import World, faults
+from tests.pool import Pool
+
+OWN = [case for case in CASES if case.optimizer.rpartition(".")[2].lower() in OPTIMIZERS]
+# DeepSpeed clips gradients itself, and says so: see tests/test_deepspeed_bad.py
+NAMED = [case for case in OWN if "max_grad_norm" not in case.options]
+ONE_EACH = list({case.optimizer: case for case in reversed(NAMED)}.values())
+
+
+def cases_for(stage: int, n: int, groups: int) -> list[Case]:
+    """All settings of all optimizers where steps come in parts; elsewhere one of each."""
+    return NAMED if (n, stage, groups) == (2, 1, 3) else ONE_EACH
+
+
+def test_every_optimizer_is_among_them() -> None:
+    assert {case.optimizer.rpartition(".")[2].lower() for case in ONE_EACH} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("n", "stage"), sorted(itertools.product([1, 2, 3], range(4))))
+def test_stages_change_nothing(pool: Pool, n: int, stage: int, groups: int) -> None:
+    found = faults(pool, n, World(stage, groups), cases_for(stage, n, groups))
+    assert not found, "\n".join(found)

@@ -1,0 +1,106 @@
+"""The same script under torchrun, mpirun, the deepspeed launcher and srun: one loss curve, that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_recipes import SMALL, assert_close
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+MPIRUN = [str(BIN / "mpirun"), "-n", "2", sys.executable]
+DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2"]
+FLAGS = [*SMALL, "--schedule", "constant", "--lr", "0.01", "--optimizer", "lamb", "--steps", "4"]
+FLAGS += ["--accumulate", "2", "--clip", "0.5"]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(starter: list[str], parallel: str, out: Path, **environment: str) -> subprocess.Popen[str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "MPI", "SLURM"))}
+    env |= {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{env['PATH']}", "PYTHONPATH": str(ROOT), **environment}
+    command = [*starter, "launch/train.py", *FLAGS, "--parallel", parallel, "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def curve_of(process: subprocess.Popen[str], out: Path) -> list[dict[str, float]]:
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said[-3000:]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "loss", "lr", "val_loss") if key in row} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("single")
+    rows = curve_of(start([sys.executable], "single", out), out)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.3
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("starter", "parallel"),
+    [
+        (TORCHRUN, "zero1-ds"),
+        (TORCHRUN, "zero2-ds"),
+        (TORCHRUN, "zero3-ds"),
+        (MPIRUN, "zero2-ds"),
+        (MPIRUN, "fsdp2"),
+        (DEEPSPEED, "zero2-ds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else Path(value[0]).name,
+)
+def test_curve_is_that_of_one_process(single: Any, tmp_path: Path, starter: list[str], parallel: str) -> None:
+    assert shutil.which(starter[0])
+    words = [*starter, "--master_port", free_port()] if starter is DEEPSPEED else starter
+    assert_close(curve_of(start(words, parallel, tmp_path), tmp_path), single)
+
+
+def test_ranks_of_slurm(single: Any, tmp_path: Path) -> None:
+    """srun itself needs a cluster: its variables are set by hand, as it sets them."""
+    common = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        start([sys.executable], "fsdp2", tmp_path, **common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        for rank in range(2)
+    ]
+    curves = [curve_of(process, tmp_path) for process in ranks]
+    assert_close(curves[0], single)
+
+
+def test_srun_without_a_meeting_point_is_refused(tmp_path: Path) -> None:
+    process = start([sys.executable], "ddp", tmp_path, SLURM_STEP_ID="0", SLURM_PROCID="0")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "under srun MASTER_ADDR must be set, as in launch/slurm.sh" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--wrap", "ema"], "zero2-ds: DeepSpeed's configuration, zero_optimization.stage: EMA wraps another"),
+        (["--ds-config", "nowhere.json"], "--ds-config nowhere.json cannot be read"),
+        (["--checkpoint", "{out}"], "--checkpoint is not for --parallel zero2-ds"),
+    ],
+)
+def test_what_does_not_go_with_deepspeed_is_said_in_a_sentence(tmp_path: Path, more: list[str], sentence: str) -> None:
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    words = [word.format(out=tmp_path / "saved") for word in more]
+    command = [sys.executable, "launch/train.py", *FLAGS, "--parallel", "zero2-ds", "--out", str(tmp_path), *words]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert sentence in result.stderr
