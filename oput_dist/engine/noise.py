@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from oput_dist.layout import Box
+from oput_dist.layout import Box, LayoutError
 
 from .mixing import key_of
 from .slot import Slot
@@ -23,7 +23,12 @@ def bits_for(slot: Slot, step: int) -> torch.Tensor:
     Args:
         slot: the parameter.
         step: its step count.
+
+    Raises:
+        LayoutError: where it is not known which elements of the whole the piece has.
     """
+    if slot.layout.why_no_sums is not None:
+        raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
     key = key_of("stochastic rounding", slot.name, step)
     first, second = (key >> 32), (key & (2**32 - 1)) - 2**31  # of 32 bits, with signs
     out = torch.empty(slot.numel, dtype=torch.int16, device=slot.device)
