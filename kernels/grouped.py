@@ -93,8 +93,7 @@ def _tile(
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(state)):
-            k: tl.constexpr = ASIDE + i
-            tl.store(pointer(row, 4 + k, S[k], MASKED) + offsets, state[i].to(S[k]), mask=mask)
+            tl.store(pointer(row, 4 + ASIDE + i, S[ASIDE + i], MASKED) + offsets, state[i].to(S[ASIDE + i]), mask=mask)
 
 
 @jit
