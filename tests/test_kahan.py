@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 import oput_dist as oput
 from benchmarks import rounding_checks
@@ -17,11 +20,13 @@ from benchmarks.checks import Setup
 from benchmarks.variants import Variant
 from oput_dist.kernels.language import as_torch
 from oput_dist.kernels.rounding import to_bfloat16, to_float16
-from tests.conformance import faults
+from tests.conformance import SHAPES, faults, gradients, start_values
+from tests.layouts import Plain, Weights
 from tests.pool import Pool
 from tests.test_conformance import BY_NAME
 from tests.test_kernels import CPU, interpreter, run
 from tests.toy import parameters, same, walk
+from tests.wrapped import LAYOUTS
 
 __all__ = ["interpreter"]
 
@@ -244,10 +249,7 @@ def test_state_without_it_begins_without() -> None:
 
 
 def held_by_ranks(layout: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Two steps on ranks; and two more after whole state was saved there and loaded into a new optimizer."""
-    from tests.conformance import LAST, gradients, start_values
-    from tests.wrapped import LAYOUTS
-
+    """Whole parameters, and what rounding lost of them, after two steps."""
     shards = LAYOUTS[layout]()
     params = shards.start(start_values(torch.bfloat16))
     case = BY_NAME["adamw"]
@@ -257,16 +259,12 @@ def held_by_ranks(layout: str) -> tuple[list[Tensor], list[Tensor]]:
         case.advance(optimizer, step)
     saved = oput.full_state_dict(optimizer)  # type: ignore[arg-type]
     wholes = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in params.values()]
-    assert LAST > 2
     return [w.detach().clone() for w in wholes], [entry[LOST] for entry in saved["state"].values()]
 
 
 @pytest.mark.parametrize(("layout", "n"), [("rows", 3), ("zero1", 2), ("grid", 4)])
 def test_whole_state_is_that_of_one_process(pool: Pool, layout: str, n: int) -> None:
     """Bitwise, so that it goes on anywhere."""
-    from tests.conformance import SHAPES, gradients, start_values
-    from tests.layouts import Plain
-
     plain = Plain()
     params = plain.start(start_values(torch.bfloat16))
     optimizer = BY_NAME["adamw"].build(params)
@@ -277,6 +275,48 @@ def test_whole_state_is_that_of_one_process(pool: Pool, layout: str, n: int) -> 
     for values, lost in pool.run(n, held_by_ranks, layout):
         assert same(values, [p.detach() for p in params.values()])
         assert same(lost, [optimizer.state[params[name]][LOST] for name in order])
+
+
+def resharded(folder: str, saves: bool) -> list[Tensor]:
+    """Under fully_shard, three steps and a checkpoint; or, on other ranks, that checkpoint and three more."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(_weights())
+    optimizer = oput.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    if saves:
+        _descend(model, optimizer, range(3))
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    if saves:
+        dcp.save(parts, checkpoint_id=folder)
+    else:
+        dcp.load(parts, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+        _descend(model, optimizer, range(3, 6))
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def _weights() -> Weights:
+    """Without the 0-d parameter, which fully_shard does not take."""
+    return Weights({name: value for name, value in start_values(torch.bfloat16).items() if value.ndim})
+
+
+def _descend(model: nn.Module, optimizer: oput.Optimizer, steps: range) -> None:
+    for step in steps:
+        for name, p in model.named_parameters():
+            values = gradients(step, torch.bfloat16, False)[name]
+            mesh, placements = getattr(p, "device_mesh", None), getattr(p, "placements", None)
+            p.grad = values if mesh is None else distribute_tensor(values, mesh, placements, src_data_rank=None)
+        optimizer.step()
+
+
+def test_checkpoints_reshard(pool: Pool, tmp_path: Path) -> None:
+    """From two ranks to three, through torch.distributed.checkpoint, and on as one process, to the bit."""
+    pool.run(2, resharded, str(tmp_path), True)
+    model = _weights()
+    _descend(model, oput.AdamW(model, lr=1e-3, weight_decay=0.1), range(6))
+    for found in pool.run(3, resharded, str(tmp_path), False):
+        assert same(found, [p.detach() for p in model.parameters()])
 
 
 # ----------------------------------------------------------------------------------- what rewrites parameters elsewhere
