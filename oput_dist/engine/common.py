@@ -33,7 +33,8 @@ class Common(TypedDict, total=False):
       parameter is updated in the backward pass, as soon as its gradient is final, and the gradient is freed.
     - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
       the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
-    - ``state_dtype`` (torch.dtype): of the state; the parameter's own by default.
+    - ``state_dtype`` (torch.dtype, or ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``): of the state; the parameter's
+      own by default.
     - ``kahan_sum`` (bool): keep what rounding to bfloat16 or float16 parameters loses, as one more state,
       ``kahan_comp``, and add it wherever they are read, so that also what is far smaller than they are adds up: updates
       and weight decay. By default it is kept; False leaves it out. Other parameters take no notice.
@@ -56,6 +57,6 @@ class Common(TypedDict, total=False):
     shard_group: dist.ProcessGroup | None
     gradient_release: bool
     module: nn.Module | None
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | str | None
     kahan_sum: bool | None
     stochastic_rounding: bool

@@ -17,7 +17,12 @@ from .writing import write_of
 
 __all__ = ["GroupHandle", "Options", "check_rounded", "group_handle", "options_of", "releases"]
 
-_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STATE_DTYPES: dict[str, Any] = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,11 @@ def _backends(owner: str, common: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _state_dtype(owner: str, common: Mapping[str, Any]) -> torch.dtype | None:
-    dtype = common.get("state_dtype")
-    if dtype is not None and dtype not in _STATE_DTYPES:
-        raise ValueError(
-            f"{owner}: state_dtype={dtype!r} is not allowed: must be None or one of "
-            f"{', '.join(map(str, _STATE_DTYPES))}"
-        )
+    given = common.get("state_dtype")
+    dtype: torch.dtype | None = _STATE_DTYPES.get(given, given) if isinstance(given, str) else given
+    if dtype is not None and dtype not in _STATE_DTYPES.values():
+        allowed = ", ".join(f"{name!r} ({each})" for name, each in _STATE_DTYPES.items())
+        raise ValueError(f"{owner}: state_dtype={given!r} is not allowed: must be None or one of {allowed}")
     return dtype
 
 
