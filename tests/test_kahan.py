@@ -159,7 +159,7 @@ def test_the_check_sees_faults() -> None:
     assert not rounding_checks.compensated(Variant("lion", {"kahan_sum": False}), setup, exact=False).ok
 
 
-WORLDS = [("columns", 3), ("grid", 4), ("fsdp2", 2)]
+WORLDS = [("columns", 3), ("grid", 4), ("fsdp2", 2), ("fsdp1-flat", 2)]
 """Beside those where all optimizers run in bf16 (test_conformance.py)."""
 
 

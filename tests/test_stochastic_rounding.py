@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from concurrent.futures import Executor
 from typing import Any
 
@@ -19,11 +20,13 @@ from oput_dist.engine.slot import Slot
 from oput_dist.kernels.language import as_torch
 from oput_dist.kernels.rounding import toss_bfloat16, toss_float16
 from oput_dist.layout.plain import Plain
-from tests.conformance import Case, faults
+from tests.conformance import SHAPES, Case, faults, held, start_values
 from tests.pool import Pool
+from tests.test_conformance import BY_NAME
 from tests.test_kahan import Regression
 from tests.test_kernels import CPU, interpreter, run
 from tests.toy import make, parameters, same, walk
+from tests.wrapped import LAYOUTS
 
 __all__ = ["interpreter"]
 
@@ -111,6 +114,27 @@ def test_sharding_changes_nothing(pool: Pool, layout: str, n: int) -> None:
     if layout == "fsdp2-tp":  # vectors have gradients there that are partial sums, in bf16
         found = [line for line in found if ": vector." not in line and ", vector." not in line]
     assert not found, "\n".join(found)
+
+
+def drawn(layout: str) -> dict[str, tuple[str, list[int], list[int]]]:
+    """Of each parameter: what it is called, which of its elements a rank holds, and the bits for them."""
+    shards = LAYOUTS[layout]()
+    params = shards.start(start_values(torch.float32))
+    optimizer: Any = BY_NAME["lion"].build(params, **shards.options)
+    slots = {slot.name.rstrip("'").rpartition(".")[2]: slot for slot in optimizer._current_plan().slots}
+    pieces = held(LAYOUTS[layout]())
+    return {
+        name: (slots[name].name, pieces[name].reshape(-1).tolist(), bits_for(slots[name], 7).tolist())
+        for name in SHAPES
+    }
+
+
+def test_flat_parameters_have_the_bits_of_their_originals(pool: Pool) -> None:
+    """FSDP1 cuts one tensor of all parameters anywhere; with the module, names and places are known."""
+    for pieces in pool.run(2, drawn, "fsdp1-flat"):
+        for name, (called, indices, bits) in pieces.items():
+            assert bits == bits_for(slot_of(SHAPES[name], called), 7).view(-1)[indices].tolist()
+            assert re.fullmatch(rf"parameter '(\w+\.)*{name}'", called)
 
 
 class ByRank(oput.Lion):
