@@ -82,7 +82,7 @@ def test_the_counter_counts(pool: Pool) -> None:
 
 
 def all_reduces(name: str) -> dict[str, int]:
-    if name == "muon":
+    if name in ("muon", "shampoo", "soap"):
         # Matrices to their owners and back; and in the first of both steps the ranks tell each other what they hold.
         return {"alltoall_base_": 2, "allgather_": 1}
     return {"allreduce_": BOUNDARIES[name]} if name in BOUNDARIES else {}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives import Matrix, Owners
 from oput_dist.collectives.owners import Wholes
-from oput_dist.layout import Layout, LayoutError, clean_name, within
+from oput_dist.layout import Layout, LayoutError, within
 from oput_dist.matrix.work import Held, Turn, Work
 
 from .owned import Owned, allocate, kept_bytes
@@ -173,19 +173,13 @@ class Matrices:
 
 
 def _first_numbers(plan: Plan, recipes: Sequence[Recipe]) -> dict[Slot, int]:
-    """The number of each slot's first block among those of its group.
-
-    In the order of their names where all are known, as FSDP1's flat parameters come in an order of their own.
-    """
-    named = all(slot.layout.name is not None or "'" in slot.name for slot in plan.slots)
-    ordered = sorted(plan.slots, key=lambda slot: clean_name(slot.name)) if named else plan.slots
+    """The number of each slot's first block among those of its group."""
     found: dict[Slot, int] = {}
     counts: dict[int, int] = {}
-    for slot in ordered:
+    for slot in plan.in_order:
         work = recipes[slot.index].whole
         found[slot] = counts.get(slot.group, 0)
-        blocks = 0 if work is None else len(work.blocks(tuple(slot.layout.shape)))
-        counts[slot.group] = found[slot] + blocks
+        counts[slot.group] = found[slot] + (0 if work is None else len(work.blocks(tuple(slot.layout.shape))))
     return found
 
 

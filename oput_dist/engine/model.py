@@ -27,6 +27,7 @@ class Model:
         self.flattened: Mapping[torch.Tensor, Flat] = {}
         self._homes: dict[int, tuple[nn.Module, str]] = {}
         self._names: dict[int, str] = {}
+        self._layers: dict[str, int] = {}
         self.refresh()
 
     @property
@@ -40,6 +41,7 @@ class Model:
             return
         self.flattened = flattened_in(self._module)
         for prefix, child in self._module.named_modules():
+            self._layers.setdefault(clean_name(f"{prefix}.").removesuffix("."), len(self._layers))
             for leaf, parameter in child.named_parameters(recurse=False):
                 self._homes.setdefault(id(parameter), (child, leaf))
                 self._names[id(parameter)] = clean_name(f"{prefix}.{leaf}" if prefix else leaf)
@@ -52,6 +54,10 @@ class Model:
     def name_of(self, parameter: torch.Tensor) -> str | None:
         """The qualified name of a parameter of the module; None for others."""
         return self._names.get(id(parameter))
+
+    def layer_of(self, name: str) -> int:
+        """Where the layer of a parameter comes in the module, by its qualified name; 0 if that is not known."""
+        return self._layers.get(name.rpartition(".")[0], 0)
 
     def lost(self, parameter: torch.Tensor) -> bool:
         """Whether the module held a parameter before and has another one in its place now."""

@@ -38,6 +38,8 @@ class Plan:
     """What backends keep for each bucket."""
     memo: dict[Any, Any] = field(default_factory=dict)
     """What the engine works out once from the slots: the schedules of collectives."""
+    in_order: list[Slot] = field(default_factory=list)
+    """The slots in the order of the model: where wrappers made flat tensors of parameters, those come in another."""
     owners_known: dict[Any, Any] = field(default_factory=dict)
     """Plans of owners of whole matrices, which outlive this plan: see :class:`oput_dist.engine.matrices.Matrices`."""
 
@@ -79,6 +81,10 @@ class Plan:
         counters = torch.zeros(len(owners), dtype=torch.float32, device="cpu")
         partial = PartialSums([slot.parameter for slot in owners], [slot.layout for slot in owners])
         plan = cls(slots, owners, counters, list(dict.fromkeys(slot.device for slot in slots)), partial)
+        plan.in_order = slots
+        if model is not None and any(slot.layout.name is not None for slot in slots):
+            places = {slot: model.layer_of(slot.layout.name or "") for slot in slots}
+            plan.in_order = sorted(slots, key=lambda slot: (places[slot], slot.index))
         for slot in owners:
             if slot.parameter in state and "step" in state[slot.parameter]:
                 counters[slot.counter] = float(state[slot.parameter]["step"])
