@@ -1,20 +1,35 @@
 """What optimizers with one matrix for each axis share: statistics, products along axes, blocks, counts.
 
-Sums and products are separate operations: fused ones round the last elements of a tensor otherwise than the first, so
-that a stack of another size, as on another number of ranks, would give other bits.
+Sums and products of elements are separate operations: fused ones round the last elements of a tensor otherwise than the
+first, so that a stack of another size, as on another number of ranks, would give other bits.
 """
 
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
 
 import torch
 
-from .work import Kept, Turn
+from .work import Held, Kept, Turn, Work
 
-__all__ = ["COUNTS", "Counts", "add_to", "along", "average", "broadcast", "cut", "due", "present", "products"]
+__all__ = [
+    "COUNTS",
+    "Counts",
+    "Kronecker",
+    "Mask",
+    "add_to",
+    "along",
+    "average",
+    "broadcast",
+    "cut",
+    "due",
+    "masked",
+    "products",
+    "where",
+]
 
 COUNTS = "matrix_counts"
 """Where the owner of a matrix keeps its :class:`Counts`."""
@@ -47,17 +62,42 @@ class Counts:
         self.failures.index_add_(0, at, (tried & ~good).float())
 
 
-def present(stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients that count, and which do; the others are zeros.
+class Kronecker(Work):
+    """Work with one matrix for each axis, on gradients that count.
 
     A matrix of zeros is a missing gradient, as ranks cannot tell the two apart, and one that is not finite would spoil
-    statistics for good. ``[n, *shape]`` and ``[n]`` bool.
+    statistics for good: they take no part, keep what they have, and their result is zeros.
     """
-    largest = torch.linalg.vector_norm(stacked.flatten(1), ord=float("inf"), dim=1)  # NaN, if any element is
-    counts = (largest > 0) & torch.isfinite(largest)
-    if stacked.device.type == "cpu" and bool(counts.all()):
-        return stacked, counts
-    return torch.where(broadcast(counts, stacked), stacked, torch.zeros_like(stacked)), counts
+
+    @abstractmethod
+    def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
+        """As ``__call__``, for gradients that count: all, or those of a mask, while the others are zeros."""
+
+    def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
+        largest = torch.linalg.vector_norm(stacked.flatten(1), ord=float("inf"), dim=1)  # NaN, if any element is
+        counts = (largest > 0) & torch.isfinite(largest)
+        if (counting := masked(counts)) is None:
+            return self.update(stacked, held, turn, None)
+        zeros = torch.zeros_like(stacked)
+        if stacked.device.type != "cpu":  # no step waits for a GPU, so all are worked on
+            given = torch.where(broadcast(counts, stacked), stacked, zeros)
+            return torch.where(broadcast(counts, stacked), self.update(given, held, turn, counting), zeros)
+        places = counts.nonzero().flatten().tolist()
+        if places:
+            some = held.only(places)
+            numbers = tuple(turn.numbers[place] for place in places)
+            zeros[places] = self.update(stacked[places], some, Turn(turn.step, numbers), None)
+            some.finish()
+        return zeros
+
+
+Mask = torch.Tensor | None
+"""``[n]`` bool; None where all are true."""
+
+
+def masked(which: torch.Tensor) -> Mask:
+    """None if all are true; on GPUs, where that is not looked at, the mask."""
+    return None if which.device.type == "cpu" and bool(which.all()) else which
 
 
 def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
@@ -66,21 +106,25 @@ def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
     return each.view(-1, *[1] * (stacked.dim() - 1))
 
 
-def average(old: torch.Tensor, new: torch.Tensor, decay: float, counts: torch.Tensor) -> None:
+def where(which: Mask, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """The new values of some matrices, the old ones of the others."""
+    return new if which is None else torch.where(broadcast(which, new), new, old)
+
+
+def average(old: torch.Tensor, new: torch.Tensor, decay: float, counting: Mask) -> None:
     """Make ``old`` be ``decay old + (1 - decay) new``, or the sum of both if ``decay`` is 1, where a matrix counts."""
-    if decay == 1:
-        old += broadcast(counts.to(old.dtype), old) * new
-        return
-    old *= broadcast(_faded(decay, counts), old)
-    old += broadcast(counts.double() * (1.0 - decay), old) * new
+    if decay != 1:
+        old *= decay if counting is None else broadcast(_faded(decay, counting), old)
+        new = new * (1.0 - decay)
+    old += new if counting is None else broadcast(counting.to(old.dtype), old) * new
 
 
-def _faded(decay: float, counts: torch.Tensor) -> torch.Tensor:
+def _faded(decay: float, counting: torch.Tensor) -> torch.Tensor:
     """What remains of the old value, float64."""
-    return torch.where(counts, torch.full_like(counts, decay, dtype=torch.float64), 1.0)
+    return torch.where(counting, torch.full_like(counting, decay, dtype=torch.float64), 1.0)
 
 
-def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, counts: torch.Tensor) -> None:
+def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, counting: Mask) -> None:
     """Bring ``m m^T`` into a moving average or a sum, where ``m`` has the axis as rows, all others as columns.
 
     Args:
@@ -88,15 +132,13 @@ def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, c
         gradient: ``[n, *shape]`` with ``shape[axis] == d``.
         axis: of a matrix.
         decay: of the old ones; 1 for the sum.
-        counts: which matrices count; the others must be zeros, and keep what they have.
+        counting: which matrices count; the others must be zeros, and keep what they have.
     """
     last = axis == gradient.dim() - 2
     m = gradient.flatten(1, -2).mT if last else gradient.movedim(axis + 1, 1).flatten(2)
-    square = torch.bmm(m, m.mT)
-    if decay != 1:
-        old *= broadcast(_faded(decay, counts), old)
-        square *= 1.0 - decay
-    old += square
+    if counting is not None and decay != 1:
+        old *= broadcast(_faded(decay, counting) / decay, old)
+    old.baddbmm_(m, m.mT, beta=decay, alpha=1.0 - decay if decay != 1 else 1.0)
 
 
 def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Tensor:

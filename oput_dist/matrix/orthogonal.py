@@ -157,7 +157,8 @@ class Orthogonalize(Work):
         on_gpu = stacked.device.type == "cuda" and stacked.dtype == torch.float32
         dtype = self.dtype or (torch.bfloat16 if on_gpu else stacked.dtype)
         made = orthogonalized(matrices.to(dtype), self.coefficients, self.eps).to(stacked.dtype)
-        return (made * self.factor(matrices.shape[1], matrices.shape[2])).reshape(stacked.shape)
+        factor = self.factor(matrices.shape[1], matrices.shape[2])
+        return (made if factor == 1 else made.mul_(factor)).reshape(stacked.shape)
 
     def factor(self, rows: int, columns: int) -> float:
         """What the result is multiplied by, for a matrix of this shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -123,7 +124,7 @@ def _checked(
         usable[:, None, None], given, torch.eye(given.shape[-1], dtype=given.dtype, device=given.device)
     )
     try:
-        made = quick(clean)
+        made = _shared_out(quick, clean)
     except (RuntimeError, torch.linalg.LinAlgError):  # one matrix that does not converge fails the whole stack
         made = torch.full_like(clean, math.nan)
     good = torch.isfinite(made).flatten(1).all(1)
@@ -131,6 +132,23 @@ def _checked(
         made[i] = _slowly(clean[i : i + 1].double(), sure)[0].to(made)
     good = usable & torch.isfinite(made).flatten(1).all(1)
     return torch.where(good[:, None, None], made, torch.zeros_like(made)), good
+
+
+def _shared_out(function: Callable[[torch.Tensor], torch.Tensor], stacked: torch.Tensor) -> torch.Tensor:
+    """``function`` of parts of a stack, each on a core of its own.
+
+    LAPACK makes little of several threads, and where other processes want the cores too, they wait for each other:
+    seconds for what takes milliseconds.
+    """
+    threads = torch.get_num_threads()
+    if stacked.device.type != "cpu" or threads == 1 or len(stacked) < threads:
+        return function(stacked)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(function, stacked.tensor_split(threads))))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _slowly(one: torch.Tensor, sure: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -7,9 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from .kronecker import COUNTS, Counts, add_to, along, average, broadcast, cut, due, present, products
+from .kronecker import (
+    COUNTS,
+    Counts,
+    Kronecker,
+    Mask,
+    add_to,
+    along,
+    average,
+    broadcast,
+    cut,
+    due,
+    masked,
+    products,
+    where,
+)
 from .roots import inverse_root
-from .work import Held, Kept, Turn, Work
+from .work import Held, Kept, Turn
 
 __all__ = ["GRAFTS", "Precondition"]
 
@@ -19,7 +33,7 @@ _ROOT_COST = 25.0
 
 
 @dataclass(frozen=True)
-class Precondition(Work):
+class Precondition(Kronecker):
     """``u = f x_1 (L_1 + eps I)^(-1/p) x_2 ...`` for each block; see :class:`oput_dist.Shampoo`."""
 
     betas: tuple[float, float]
@@ -51,49 +65,54 @@ class Precondition(Work):
             found["graft_sq"] = Kept(shape, dtype)
         return {**found, COUNTS: Counts.kept()}
 
-    def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        gradient, counting = present(stacked)
+    def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
         counts = Counts(held[COUNTS])
-        counts.steps += counting
+        counts.steps += 1 if counting is None else counting
         for axis in range(gradient.dim() - 1):
             self._add(held[f"factor_{axis}"], gradient, axis, counting)
-        filtered = self._filtered(gradient, held, counts, counting)
-        direction = self._graft(gradient, filtered, held, counts, counting)
+        filtered, scale = self._filtered(gradient, held, counts, counting)
+        direction, size = self._graft(gradient, filtered, held, counts, counting)
         self._refresh(held, counts, turn, gradient)
-        update = self._step(filtered, direction, held, counts)
-        if update.device.type == "cpu" and bool(counting.all()):
-            return update
-        return torch.where(broadcast(counting, update), update, torch.zeros_like(update))
+        update = filtered
+        for axis in range(filtered.dim() - 1):
+            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis)
+        factor = scale
+        if self.graft is not None:
+            factor = scale * size * _norm(direction) / (_norm(update) + 1e-16 / scale)
+        update *= broadcast(factor, update)
+        ready = masked(counts.refreshes > 0)
+        return update if ready is None else where(ready, update, direction * broadcast(scale * size, direction))
 
-    def _add(self, kept: torch.Tensor, gradient: torch.Tensor, axis: int, counting: torch.Tensor) -> None:
+    def _add(self, kept: torch.Tensor, gradient: torch.Tensor, axis: int, counting: Mask) -> None:
         factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
         add_to(factor, gradient, axis, self.betas[1], counting)
         if factor is not kept:
             kept.copy_(factor)
 
-    def _filtered(self, gradient: torch.Tensor, held: Held, counts: Counts, counting: torch.Tensor) -> torch.Tensor:
-        """The moving average that is preconditioned, and bias-corrected."""
+    def _filtered(
+        self, gradient: torch.Tensor, held: Held, counts: Counts, counting: Mask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The moving average that is preconditioned, and what corrects its bias: ``[n]`` float64, to multiply by."""
         beta1, beta3 = self.betas[0], self.beta3
+        steps = counts.steps.double()
         if not beta1:
-            return gradient
+            return gradient, torch.ones_like(steps)
         other = None if beta3 == beta1 else beta3 * held["exp_avg"] + (1 - beta3) * gradient
         average(held["exp_avg"], gradient, beta1, counting)
-        correction = 1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0)
-        return (held["exp_avg"] if other is None else other) / broadcast(correction, gradient)
+        return held["exp_avg"] if other is None else other, 1 / (1 - beta3 * beta1 ** (steps - 1).clamp(min=0))
 
     def _graft(
-        self, gradient: torch.Tensor, filtered: torch.Tensor, held: Held, counts: Counts, counting: torch.Tensor
-    ) -> torch.Tensor:
-        """The step of the optimizer whose size the update gets, over its learning rate."""
+        self, gradient: torch.Tensor, filtered: torch.Tensor, held: Held, counts: Counts, counting: Mask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step of the optimizer whose size the update gets, over its learning rate, and what to multiply it by."""
         if self.graft in (None, "sgd"):
-            return filtered
+            return filtered, torch.ones_like(counts.steps, dtype=torch.float64)
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
         average(held["graft_sq"], gradient * gradient, beta, counting)
         root = held["graft_sq"].sqrt()
-        if self.graft == "adam":
-            root /= broadcast(_correction(beta, counts).sqrt(), root)
-        root += self.graft_eps
-        return torch.div(filtered, root, out=root)
+        corrected = _correction(beta if self.graft == "adam" else 1.0, counts).sqrt()
+        root += broadcast(self.graft_eps * corrected, root)
+        return torch.div(filtered, root, out=root), corrected
 
     def _refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""
@@ -119,20 +138,9 @@ class Precondition(Work):
         """``p`` of the exponent ``-1/p``."""
         return 2.0 * order if self.exponents is None else 1.0 / self.exponents[min(order, len(self.exponents)) - 1]
 
-    def _step(self, filtered: torch.Tensor, direction: torch.Tensor, held: Held, counts: Counts) -> torch.Tensor:
-        update = filtered
-        for axis in range(filtered.dim() - 1):
-            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis)
-        if self.graft is not None:
-            update *= broadcast(_norm(direction) / (_norm(update) + 1e-16), update)
-        ready = counts.refreshes > 0
-        if update.device.type == "cpu" and bool(ready.all()):
-            return update
-        return torch.where(broadcast(ready, update), update, direction)
-
 
 def _norm(stacked: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.vector_norm(stacked.flatten(1), dim=1)
+    found: torch.Tensor = torch.linalg.vector_norm(stacked.flatten(1), dim=1).double()
     return found
 
 

@@ -7,9 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
-from .kronecker import COUNTS, Counts, add_to, along, average, broadcast, cut, due, present, products
+from .kronecker import (
+    COUNTS,
+    Counts,
+    Kronecker,
+    Mask,
+    add_to,
+    along,
+    average,
+    broadcast,
+    cut,
+    due,
+    masked,
+    products,
+    where,
+)
 from .roots import orthogonal_basis
-from .work import Held, Kept, Turn, Work
+from .work import Held, Kept, Turn
 
 __all__ = ["AdamInEigenbasis"]
 
@@ -18,7 +32,7 @@ _BASIS_COST = 4.0
 
 
 @dataclass(frozen=True)
-class AdamInEigenbasis(Work):
+class AdamInEigenbasis(Kronecker):
     """Adam's step for each block in the basis of its statistics; see :class:`oput_dist.SOAP` for what things mean."""
 
     betas: tuple[float, float]
@@ -52,11 +66,11 @@ class AdamInEigenbasis(Work):
         """The axes that have a basis of their own; along others that of the parameter stays."""
         return [axis for axis, size in enumerate(shape) if size <= self.largest]
 
-    def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        gradient, counting = present(stacked)
+    def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
         counts = Counts(held[COUNTS])
-        moving = counting & (counts.refreshes > 0)  # the first gradient only makes a basis
-        counts.steps += moving
+        based = counts.refreshes > 0  # the first gradient only makes a basis
+        moving = masked(based if counting is None else based & counting)
+        counts.steps += 1 if moving is None else moving
         update = self._adam(gradient, held, counts, moving)
         for axis in self._axes(gradient.shape[1:]):
             kept = held[f"factor_{axis}"]
@@ -65,11 +79,9 @@ class AdamInEigenbasis(Work):
             if factor is not kept:
                 kept.copy_(factor)
         self._refresh(held, counts, turn, gradient)
-        if update.device.type == "cpu" and bool(moving.all()):
-            return update
-        return torch.where(broadcast(moving, update), update, torch.zeros_like(update))
+        return update if moving is None else where(moving, update, torch.zeros_like(update))
 
-    def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: torch.Tensor) -> torch.Tensor:
+    def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: Mask) -> torch.Tensor:
         """Both averages are kept in the basis: until that turns, the first is what turning that of gradients gives."""
         beta1, beta2 = self.betas
         turned = self._turned(gradient, held, back=False)

@@ -64,6 +64,10 @@ class Held:
             self._stacked[name] = stacked.view(len(parts), *shape)
         return self._stacked[name]
 
+    def only(self, places: Sequence[int]) -> Held:
+        """Of some of the matrices."""
+        return Held(self._shapes, {name: [parts[i] for i in places] for name, parts in self._memory.items()})
+
     def finish(self) -> None:
         """Write back what is not a view."""
         for name in self._copied:
