@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from oput_dist.backends import Stack
 from oput_dist.backends.boxes import view_of
 from oput_dist.engine.recipe import Recipe, prologue_of
 from oput_dist.kernels.math import square_terms
-from oput_dist.kernels.stage import WHOLE, Agreement, Cautious, Joint, Measure, Prologue, Stage, measures
+from oput_dist.kernels.stage import WHOLE, Agreement, Cautious, Joint, Measure, Prologue, Stage, Write, measures
 from oput_dist.optimizers import OPTIMIZERS
 
 from .traffic import RULE_TRAFFIC
@@ -173,7 +173,17 @@ class Program(NamedTuple):
             [f"decay={decay}"] * (decay != "none") + ["maximize"] * self.prologue.maximize + ["scaled"] * self.scaled
         )
         words = [CAUTION.get(type(self.stage), ""), "boxed" if self.boxed is not None else ""]
+        flags += [f"write={self.prologue.write.name.lower()}"] * self.prologue.aside
         return " ".join([self.stage.rule.__name__, *filter(None, words), *flags])
+
+    def written(self, write: Write) -> Program:
+        """The same with parameters written in another way."""
+        return self._replace(prologue=replace(self.prologue, write=write))
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Of all state, where that of the rule is of one dtype, that of the parameters."""
+        aside = {Write.KAHAN: (dtype,), Write.STOCHASTIC: (torch.int16,)}.get(self.prologue.write, ())
+        return (*aside, *(dtype,) * self.states)
 
     def traffic(self) -> tuple[int, int]:
         """How many tensors the stage must read and write for each element: the minimum that memory sees.
@@ -183,7 +193,8 @@ class Program(NamedTuple):
         rule, caution = self.stage.rule.__name__, CAUTION.get(type(self.stage), "")
         keys = (f"{rule} {caution}", f"{rule} decay={self.prologue.decay.name.lower()}", rule)
         reads, writes = next(RULE_TRAFFIC[key] for key in keys if key in RULE_TRAFFIC)
-        return reads, 0 if isinstance(self.stage, Agreement) else writes
+        kept = self.prologue.write is Write.KAHAN and self.stage.writes_parameter
+        return reads + self.prologue.aside, 0 if isinstance(self.stage, Agreement) else writes + kept
 
 
 CAUTION: dict[type, str] = {Agreement: "agreement", Cautious: "cautious"}
@@ -210,10 +221,18 @@ def variants() -> list[Variant]:
     return [Variant(name, options) for name in OPTIMIZERS for options in [*COMMON, *OWN.get(name, [])]]
 
 
+WRITTEN = [Variant("adamw"), Variant("adan"), Variant("lamb", {"cautious": True}), Variant("adafactor")]
+"""What stands for all rules, whose new parameters may be written in several ways."""
+
+
 def programs() -> list[Program]:
-    """All distinct programs of all variants, and the gradient norm's."""
+    """All distinct programs of all variants, the gradient norm's, and some that write parameters in other ways."""
     found = dict.fromkeys(program for variant in variants() for program in variant.programs())
-    return [*found, GRADIENT_NORM]
+    some = dict.fromkeys(program for variant in WRITTEN for program in variant.programs())
+    kahan = [p for p in some if p.stage.writes_parameter or p.stage.rule.__name__.startswith("lamb")]
+    tossed = [p for p in some if p.stage.writes_parameter]
+    ways = {Write.KAHAN: kahan, Write.STOCHASTIC: tossed}
+    return [*found, GRADIENT_NORM, *(p.written(write) for write, chosen in ways.items() for p in chosen)]
 
 
 def bytes_per_element(optimizer: str, itemsize: int = 4) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .language import jit, tl
+from .rounding import restored, split
 from .stage import Cautious, Prologue, Stage
 from .tile import common_constexprs, compute, pointer, scalars
 
@@ -51,6 +52,9 @@ def _box_tile(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
+    WRITE: tl.constexpr,
+    ASIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -71,8 +75,10 @@ def _box_tile(
     p_ptr = pointer(row, 3, P, MASKED)
     p = tl.load(p_ptr + offsets, mask=mask).to(C)
     g = tl.load(pointer(row, 4, G, MASKED) + offsets, mask=mask).to(C)
+    if WRITE == 1:
+        p = restored(p, tl.load(pointer(row, 5, S[0], MASKED) + offsets, mask=mask).to(C), ROUND)
     state = ()
-    for i in tl.static_range(len(S)):
+    for i in tl.static_range(ASIDE, len(S)):
         state = state + (tl.load(pointer(row, 5 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
     given = ()
     agreed = 0.0
@@ -111,10 +117,16 @@ def _box_tile(
                 value = tl.max(term, 0)
             tl.store(out + (batch * row_tiles + row_tile) * columns + c, value.to(tl.float64), mask=c < columns)
     if WRITES_P:
+        if WRITE == 1:
+            p, lost = split(p, ROUND)
+            tl.store(pointer(row, 5, S[0], MASKED) + offsets, lost.to(S[0]), mask=mask)
+        if WRITE == 2:
+            bits = tl.load(pointer(row, 5, S[0], MASKED) + offsets, mask=mask)
+            p = ROUND(p, bits.to(tl.int32) & 0xFFFF)
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(state)):
-            tl.store(pointer(row, 5 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
+            tl.store(pointer(row, 5 + ASIDE + i, S[ASIDE + i], MASKED) + offsets, state[i].to(S[ASIDE + i]), mask=mask)
 
 
 @jit
@@ -136,6 +148,9 @@ def boxed(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
+    WRITE: tl.constexpr,
+    ASIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -156,12 +171,12 @@ def boxed(
     whole = ((row_tile + 1) * BR <= rows) & ((column_tile + 1) * BC <= columns)
     if whole & (tl.load(row + 2) != 0):
         _box_tile(row, hyper, scale, batch, row_tile, column_tile, rows, columns, RULE, H, KIND, CAUTION, N_H,
-                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BR, BC,
-                  False)  # fmt: skip
+                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, WRITE, ASIDE, ROUND, P, G,
+                  S, C, BR, BC, False)  # fmt: skip
     else:
         _box_tile(row, hyper, scale, batch, row_tile, column_tile, rows, columns, RULE, H, KIND, CAUTION, N_H,
-                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BR, BC,
-                  True)  # fmt: skip
+                  N_FACTORS, GIVEN, TERMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, WRITE, ASIDE, ROUND, P, G,
+                  S, C, BR, BC, True)  # fmt: skip
 
 
 def boxed_constexprs(
@@ -186,7 +201,7 @@ def boxed_constexprs(
         terms: how each term leaves a tile.
         tile: one of :data:`TILES`.
         scaled: whether a gradient scale is given.
-        p, g, state: dtypes of parameter, gradient and each state.
+        p, g, state: dtypes of parameter, gradient and each state, first that which is for the write alone.
     """
     return {
         **common_constexprs(stage, prologue, kind, scaled, p, g, state),

@@ -13,6 +13,7 @@ import torch
 
 from .language import jit, tl
 from .math import passed_on
+from .rounding import restored, split
 from .stage import Agreed, Cautious, Factors, Prologue, Stage
 from .tile import common_constexprs, compute, pointer, scalars
 
@@ -45,6 +46,9 @@ def _tile(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
+    WRITE: tl.constexpr,
+    ASIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -60,8 +64,10 @@ def _tile(
     p_ptr = pointer(row, 2, P, MASKED)
     p = tl.load(p_ptr + offsets, mask=mask).to(C)
     g = tl.load(pointer(row, 3, G, MASKED) + offsets, mask=mask).to(C)
+    if WRITE == 1:
+        p = restored(p, tl.load(pointer(row, 4, S[0], MASKED) + offsets, mask=mask).to(C), ROUND)
     state = ()
-    for i in tl.static_range(len(S)):
+    for i in tl.static_range(ASIDE, len(S)):
         state = state + (tl.load(pointer(row, 4 + i, S[i], MASKED) + offsets, mask=mask).to(C),)  # noqa: RUF005
     h = H(*scalars(hyper + 1, N_H, C))
     c, agreed = (), 0.0
@@ -78,10 +84,16 @@ def _tile(
             term = tl.where(mask, term, 0.0)
         tl.store(partial + i, tl.sum(term).to(tl.float64))
     if WRITES_P:
+        if WRITE == 1:
+            p, lost = split(p, ROUND)
+            tl.store(pointer(row, 4, S[0], MASKED) + offsets, lost.to(S[0]), mask=mask)
+        if WRITE == 2:
+            bits = tl.load(pointer(row, 4, S[0], MASKED) + offsets, mask=mask)
+            p = ROUND(p, bits.to(tl.int32) & 0xFFFF)
         tl.store(p_ptr + offsets, p.to(P), mask=mask)
     if WRITES_STATE:
         for i in tl.static_range(len(state)):
-            tl.store(pointer(row, 4 + i, S[i], MASKED) + offsets, state[i].to(S[i]), mask=mask)
+            tl.store(pointer(row, 4 + ASIDE + i, S[ASIDE + i], MASKED) + offsets, state[i].to(S[ASIDE + i]), mask=mask)
 
 
 @jit
@@ -105,6 +117,9 @@ def grouped(
     SCALED: tl.constexpr,
     WRITES_P: tl.constexpr,
     WRITES_STATE: tl.constexpr,
+    WRITE: tl.constexpr,
+    ASIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
@@ -127,10 +142,12 @@ def grouped(
     sums = sums + tensor * (N_SUMS + (CAUTION == 2))
     if (start + BLOCK <= numel) & (tl.load(row + 1) != 0):
         _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, CAUTION, N_H, N_TERMS,
-              N_SUMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BLOCK, False)  # fmt: skip
+              N_SUMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, WRITE, ASIDE, ROUND, P, G, S, C,
+              BLOCK, False)  # fmt: skip
     else:
         _tile(row, hyper, scale, partial, sums, start, numel, RULE, FACTORS, H, KIND, CAUTION, N_H, N_TERMS,
-              N_SUMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, P, G, S, C, BLOCK, True)  # fmt: skip
+              N_SUMS, DECAY, MAXIMIZE, SCALED, WRITES_P, WRITES_STATE, WRITE, ASIDE, ROUND, P, G, S, C,
+              BLOCK, True)  # fmt: skip
 
 
 @jit
@@ -170,7 +187,7 @@ def constexprs(
         kind: the NamedTuple class of the rule's ``h``.
         sums: values of each row of sums that the stage is given (0 if it follows no measure).
         scaled: whether a gradient scale is given.
-        p, g, state: dtypes of parameter, gradient and each state.
+        p, g, state: dtypes of parameter, gradient and each state, first that which is for the write alone.
     """
     given = stage.given.before if isinstance(stage.given, Agreed) else stage.given
     return {

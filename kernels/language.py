@@ -25,10 +25,16 @@ class _TorchLanguage:
     exp = staticmethod(torch.exp)
     log = staticmethod(torch.log)
     static_range = staticmethod(range)
+    int32, float32 = torch.int32, torch.float32
 
     @staticmethod
     def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
         return torch.where(condition, x, y)
+
+    @staticmethod
+    def cast(x: torch.Tensor, dtype: torch.dtype, bitcast: bool) -> torch.Tensor:
+        assert bitcast, "rules change dtypes with .to"
+        return x.view(dtype)
 
 
 _TORCH = _TorchLanguage()

@@ -32,6 +32,7 @@ __all__ = [
     "Stored",
     "Update",
     "Vectors",
+    "Write",
     "measures",
     "plain",
 ]
@@ -248,9 +249,19 @@ class Decay(Enum):
     """``p = p * decay`` before the rule of a stage that writes the parameter."""
 
 
+class Write(Enum):
+    """How a new parameter is brought into the dtype that it is stored in."""
+
+    NEAREST = 0
+    KAHAN = 1
+    """To nearest. What that loses is kept, in the first state tensor, and added wherever the parameter is read."""
+    STOCHASTIC = 2
+    """Up or down, more likely to what is nearer, by random bits, which are the first state tensor."""
+
+
 @dataclass(frozen=True)
 class Prologue:
-    """What is done to gradient and parameter before every rule. Static: each value is a kernel of its own.
+    """What is done to gradient and parameter before and after every rule. Static: each value is a kernel of its own.
 
     Order: cast to the compute dtype (fp32; fp64 stays fp64), scale the gradient (unscale and clip factor, one device
     scalar), negate it (``maximize``), decay.
@@ -258,3 +269,9 @@ class Prologue:
 
     decay: Decay = Decay.NONE
     maximize: bool = False
+    write: Write = Write.NEAREST
+
+    @property
+    def aside(self) -> int:
+        """How many state tensors, the first ones, are for the write alone; rules do not see them."""
+        return int(self.write is not Write.NEAREST)

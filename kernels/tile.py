@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .language import HAS_TRITON, jit, tl
-from .stage import Agreement, Apply, Cautious, Decay, Measure, Prologue, Stage, Update, plain
+from .rounding import rounding_of
+from .stage import Agreement, Apply, Cautious, Decay, Measure, Prologue, Stage, Update, Write, plain
 
 __all__ = ["DTYPES", "common_constexprs", "compute", "pointer", "scalars"]
 
@@ -89,6 +90,7 @@ DTYPES: dict[torch.dtype, Any] = (
         torch.float64: tl.float64,
         torch.float16: tl.float16,
         torch.bfloat16: tl.bfloat16,
+        torch.int16: tl.int16,
     }
     if HAS_TRITON
     else {}
@@ -111,7 +113,7 @@ def common_constexprs(
         prologue: what comes before the rule.
         kind: the NamedTuple class of the rule's ``h``.
         scaled: whether a gradient scale is given.
-        p, g, state: dtypes of parameter, gradient and each state.
+        p, g, state: dtypes of parameter, gradient and each state, first that which is for the write alone.
     """
     return {
         "RULE": stage.rule,
@@ -124,6 +126,9 @@ def common_constexprs(
         "SCALED": scaled,
         "WRITES_P": stage.writes_parameter,
         "WRITES_STATE": stage.writes_state,
+        "WRITE": prologue.write.value,
+        "ASIDE": prologue.aside,
+        "ROUND": rounding_of(prologue.write, p),
         "P": DTYPES[p],
         "G": DTYPES[g],
         "S": tuple(DTYPES[d] for d in state),
@@ -132,3 +137,4 @@ def common_constexprs(
 
 
 assert (Decay.L2.value, Decay.SHRINK.value) == (1, 2)  # the literals in compute
+assert (Write.KAHAN.value, Write.STOCHASTIC.value) == (1, 2)  # and in the kernels

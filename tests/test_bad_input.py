@@ -73,6 +73,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("adamw", {"decouple_lr": "yes"}, r"decouple_lr='yes' .*True or False"),
     ("adamw", {"maximize": None}, r"maximize=None .*True or False"),
     ("adamw", {"state_dtype": torch.int8}, r"state_dtype=torch.int8 .*torch.float32"),
+    ("adamw", {"state_dtype": "int4"}, r"state_dtype='int4' .*'bf16'"),
     ("adamw", {"backend": "tritn"}, r"backend='tritn'.*'triton'"),
     ("adamw", {"backend": "eager", "foreach": True}, r"eager.*foreach"),
 ]

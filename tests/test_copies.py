@@ -64,7 +64,18 @@ def test_state_of_bf16_parameters_may_be_fp32(name: str) -> None:
     params = parameters(torch.bfloat16)
     optimizer = make(name, params, state_dtype=torch.float32)
     walk(optimizer, params, range(1))
-    assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
+    wanted = {"kahan_comp": torch.bfloat16}
+    assert all(v.dtype == wanted.get(k, torch.float32) for state in optimizer.state.values() for k, v in state.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_names_of_state_dtypes(name: str, dtype: torch.dtype) -> None:
+    params = parameters()
+    optimizer = oput.Lion(params, state_dtype=name)
+    walk(optimizer, params, range(1))
+    assert {optimizer.state[p]["exp_avg"].dtype for p in params} == {dtype}
 
 
 TORCH = [("adamw", torch.optim.AdamW, {}), ("adam", torch.optim.Adam, {"amsgrad": True})]

@@ -187,8 +187,8 @@ def test_half_precision_and_embeddings_of_a_module_on_the_meta_device() -> None:
         model = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 16, bias=False)).to(torch.bfloat16)
     told = oput.plan(model, "muon", 4)
     assert told.gradient_bytes.most == 2 * (64 + 16) * 16 / 4
-    # bf16 momentum of the matrix, both moments of the embedding, two counters
-    assert told.state_bytes.most == (2 * 16 * 16 + 4 * 64 * 16) / 4 + 8
+    # bf16 momentum of the matrix, both moments of the embedding, what rounding of both loses, two counters
+    assert told.state_bytes.most == (2 * 16 * 16 + 4 * 64 * 16 + 2 * (64 + 16) * 16) / 4 + 8
     assert told.sent["to owners"].mean == 4 * 16 * 16 / 4 * 3 / 4  # fp32
 
 

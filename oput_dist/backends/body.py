@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from oput_dist.kernels.language import as_torch, fresh_function
+from oput_dist.kernels.rounding import restored, rounding_of, split
 from oput_dist.kernels.stage import (
     Agreed,
     Agreement,
@@ -20,6 +21,7 @@ from oput_dist.kernels.stage import (
     Prologue,
     Stage,
     Update,
+    Write,
     plain,
 )
 
@@ -33,13 +35,20 @@ Body: TypeAlias = Callable[
 ]
 """``body(p, g, state, row, scale, c)``, in place.
 
-``row`` is ``[decay, *h]`` in the compute dtype, ``scale`` 0-d or None, ``c`` the factors: a tensor with a 0-d or
-elementwise one in each row, or a tuple of tensors that broadcast against a box. Returns the terms of a Measure,
-elementwise or summed; nothing otherwise.
+``state`` begins with what is for the write alone. ``row`` is ``[decay, *h]`` in the compute dtype, ``scale``
+0-d or None, ``c`` the factors: a tensor with a 0-d or elementwise one in each row, or a tuple of tensors that broadcast
+against a box. Returns the terms of a Measure, elementwise or summed; nothing otherwise.
 """
 
 
-def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: int | None = None) -> Body:
+def body_of(
+    stage: Stage,
+    prologue: Prologue,
+    kind: type,
+    summed: bool,
+    ndim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Body:
     """The body of a stage, with a code object of its own.
 
     Args:
@@ -49,12 +58,16 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
         summed: whether a Measure returns sums, in float64, in place of elementwise terms.
         ndim: the number of axes of a stack of boxes, whose sums keep the first and others as the stage says; None for
             flat tensors, summed whole.
+        dtype: of the parameters; tells how they are rounded where that is not left to the store.
     """
     rule = as_torch(stage.rule)
     summed_axes = [_others(axes, ndim) for axes in stage.sums]
     largest_axes = [_others(axes, ndim) for axes in stage.maxima]
     inner = plain(stage)
     takes = inner.given is not None
+    aside, lossless, tossed = prologue.aside, prologue.write is Write.KAHAN, prologue.write is Write.STOCHASTIC
+    restore, divide = as_torch(restored), as_torch(split)
+    rounded = as_torch(rounding_of(prologue.write, dtype))
 
     def total(term: torch.Tensor, axes: Axes | None) -> torch.Tensor:
         if axes is None:
@@ -75,9 +88,11 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
         """The last argument of the rule, where it takes one."""
         return (c.unbind() if isinstance(c, torch.Tensor) else c,) if takes else ()
 
-    def prepare(p: torch.Tensor, g: torch.Tensor, decay: torch.Tensor, scale: torch.Tensor | None) -> Tensors:
+    def prepare(p: Any, g: torch.Tensor, state: Tensors, decay: torch.Tensor, scale: torch.Tensor | None) -> Tensors:
         compute = compute_dtype(p.dtype)
         p, g = p.to(compute), g.to(compute)
+        if lossless:
+            p = restore(p, state[0].to(compute), rounded)
         if scale is not None:
             g = g * scale
         if prologue.maximize:
@@ -89,36 +104,47 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
         return p, g
 
     def widen(state: Tensors, compute: torch.dtype) -> Tensors:
-        return tuple(s.to(compute) for s in state)
+        """What rules see of the state."""
+        return tuple(s.to(compute) for s in state[aside:])
+
+    def write(p: torch.Tensor, state: Tensors, new: torch.Tensor) -> None:
+        if lossless:
+            new, rest = divide(new, rounded)
+            state[0].copy_(rest)
+        if tossed:
+            new = rounded(new, state[0].to(torch.int32) & 0xFFFF)
+        p.copy_(new)
+
+    def write_state(state: Tensors, new: Tensors) -> None:
+        for old, value in zip(state[aside:], new):  # noqa: B905 - Dynamo does not trace strict=
+            old.copy_(value)
 
     def update(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
-        p_in, g_in = prepare(p, g, decay, scale)
+        p_in, g_in = prepare(p, g, state, decay, scale)
         p_out, state_out = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
-        p.copy_(p_out)
-        for old, new in zip(state, state_out):  # noqa: B905 - Dynamo does not trace strict=
-            old.copy_(new)
+        write(p, state, p_out)
+        write_state(state, state_out)
         return ()
 
     def measure(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
-        p_in, g_in = prepare(p, g, decay, scale)
+        p_in, g_in = prepare(p, g, state, decay, scale)
         state_out, terms = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
         if stage.writes_state:
-            for old, new in zip(state, state_out):  # noqa: B905
-                old.copy_(new)
+            write_state(state, state_out)
         return results(terms)
 
     def apply(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         decay, *h = row.unbind()
-        p_in, g_in = prepare(p, g, decay, scale)
-        p.copy_(rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c)))
+        p_in, g_in = prepare(p, g, state, decay, scale)
+        write(p, state, rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c)))
         return ()
 
     def moved(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> tuple[Any, Any, Any, Tensors]:
         """Parameter and gradient before the rule, the parameter after it, and the new state."""
         decay, *h = row.unbind()
-        p_in, g_in = prepare(p, g, decay, scale)
+        p_in, g_in = prepare(p, g, state, decay, scale)
         made = rule(p_in, g_in, widen(state, p_in.dtype), kind(*h), *factors(c))
         return (p_in, g_in, *made) if isinstance(inner, Update) else (p_in, g_in, made, ())
 
@@ -129,9 +155,8 @@ def body_of(stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: in
     def cautious(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         p_in, g_in, p_out, state_out = moved(p, g, state, row, scale, c[:-1])
         move = p_out - p_in
-        p.copy_(p_in + torch.where(move * g_in >= 0, 0.0, move * c[-1]))
-        for old, new in zip(state, state_out):  # noqa: B905
-            old.copy_(new)
+        write(p, state, p_in + torch.where(move * g_in >= 0, 0.0, move * c[-1]))
+        write_state(state, state_out)
         return ()
 
     templates: dict[type, Any] = {

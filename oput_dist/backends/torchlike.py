@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from oput_dist.kernels.stage import Axes, Prologue, Stage, measures
+from oput_dist.kernels.stage import Axes, Prologue, Stage, Write, measures
 
 from .batch import Batch, Stack, compute_dtype
 from .body import Body, body_of, factors_of
@@ -100,7 +100,7 @@ class TorchBackend:
         terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
         if out is not None:
             out[index] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
-        for number in _changed(stage, len(lists)):
+        for number in _changed(stage, batch.prologue, len(lists)):
             torch._foreach_copy_(lists[number], gathered[number][1])
 
     def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
@@ -128,7 +128,7 @@ class TorchBackend:
             c = tuple(_rows(factor, start, stop) for factor in stack.factors)
             made.append(body(p_part, g_part, tuple(state_part), row, scale, c))
         if n > 1:
-            for number in _changed(stage, len(packed)):
+            for number in _changed(stage, batch.prologue, len(packed)):
                 torch._foreach_copy_(stack.tensors[number], list(torch.split(packed[number], size)))
         by_term = list(zip(*made, strict=True))
         sums, maxima = by_term[: len(stage.sums)], by_term[len(stage.sums) :]
@@ -142,17 +142,27 @@ class TorchBackend:
         dtypes = (batch.p[0].dtype, batch.g[0].dtype, *(s.dtype for s in batch.state[0]))
         key = (stage, batch.prologue, kind, summed, ndim, batch.scale is None, dtypes, batch.p[0].device)
         if key not in self._bodies:
-            self._bodies[key] = self.make_body(stage, batch.prologue, kind, summed, ndim)
+            self._bodies[key] = self.make_body(stage, batch.prologue, kind, summed, ndim, dtypes[0])
         return self._bodies[key]
 
-    def make_body(self, stage: Stage, prologue: Prologue, kind: type, summed: bool, ndim: int | None = None) -> Body:
+    def make_body(
+        self,
+        stage: Stage,
+        prologue: Prologue,
+        kind: type,
+        summed: bool,
+        ndim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Body:
         """The body in the form that this backend runs."""
-        return self.prepare(body_of(stage, prologue, kind, summed, ndim), stage)
+        return self.prepare(body_of(stage, prologue, kind, summed, ndim, dtype), stage)
 
 
-def _changed(stage: Stage, count: int) -> list[int]:
-    """Which of parameter, gradient and state, ``count`` together, a stage writes."""
-    return [*([0] if stage.writes_parameter else []), *(range(2, count) if stage.writes_state else [])]
+def _changed(stage: Stage, prologue: Prologue, count: int) -> list[int]:
+    """Which of parameter, gradient, and state, ``count`` together, a stage writes."""
+    kept = [2] if prologue.write is Write.KAHAN else []
+    written = [0, *kept] if stage.writes_parameter else []
+    return [*written, *(range(2 + prologue.aside, count) if stage.writes_state else [])]
 
 
 def _row_ranges(shape: Sequence[int], chunk: int) -> list[tuple[int, int]]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 
-from oput_dist.engine.mixing import ODD, mixed
+from oput_dist.engine.mixing import ODD, key_of, mixed
 from oput_dist.engine.slot import Slot
 
 __all__ = ["key_of", "normal", "probe", "signs", "uniform"]
 
 _CHUNK = 2**20  # elements drawn at once: bounds the temporaries
-
-
-def key_of(*parts: object) -> int:
-    """A 64-bit key from a seed, a count, a name."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _bits(key: int, index: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from .plan import Plan
 from .recipe import Group, vector_shape
 from .saved import FORMAT, FORMAT_KEY, WHOLE_KEY
 from .slot import Slot
+from .writing import COMPENSATION, compensated
 
 __all__ = ["adopt", "checked", "load_state_dict"]
 
@@ -186,7 +187,10 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     owner, recipe = owner_of(optimizer), optimizer.recipe(group, slot.layout.shape)
     shapes = {name: vector_shape(slot.layout.shape, axes) for name, axes in recipe.vectors}
     found = {name: value for name, value in found.items() if value is not None}
-    wanted = {name: name for name in recipe.state} | {name: _key(slot, name, found) for name in shapes}
+    shaped = recipe.state
+    if COMPENSATION in found and _compensates(optimizer, slot):  # what has none begins without
+        shaped = (COMPENSATION, *shaped)
+    wanted = {name: name for name in shaped} | {name: _key(slot, name, found) for name in shapes}
     joint = len(source.slots) > 1
     # Under the name alone a flat parameter may hold the state of originals that are no matrices.
     keys = {slot.key(name) if joint else name: name for name in kept_by(recipe.whole, slot)}
@@ -206,7 +210,7 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     return _Entry(
         slot,
         joint,
-        {name: found[name] for name in recipe.state},
+        {name: found[name].to(slot.dtype) if name == COMPENSATION else found[name] for name in shaped},
         {name: (found[wanted[name]], shape) for name, shape in shapes.items()},
         {slot.key(keys[key]): found[key] for key in keys.keys() & found.keys()},
         _step(optimizer, slot, found, group, source.whole),
@@ -223,7 +227,14 @@ def _keys(optimizer: Any, slots: Sequence[Slot], group: Group) -> set[str]:
     recipes = [(slot, optimizer.recipe(group, slot.layout.shape)) for slot in slots]
     vectors = {slot.key(name) for slot, recipe in recipes for name, _ in recipe.vectors}
     vectors |= {slot.key(name) for slot, recipe in recipes for name in kept_by(recipe.whole, slot)}
-    return vectors.union(*(recipe.state for _, recipe in recipes))
+    kept = {COMPENSATION} if _compensates(optimizer, slots[0]) else set()
+    return vectors.union(kept, *(recipe.state for _, recipe in recipes))
+
+
+def _compensates(optimizer: Any, slot: Slot) -> bool:
+    """Whether the optimizer, or the one that it wraps, keeps what rounding a parameter loses."""
+    options = getattr(getattr(optimizer, "origin", optimizer), "_options", None)
+    return options is not None and compensated(options.write, slot.dtype)
 
 
 def _check_counters(owner: str, entries: Iterable[_Entry]) -> None:
@@ -240,7 +251,7 @@ def _check_counters(owner: str, entries: Iterable[_Entry]) -> None:
 
 def _once_kept(optimizer: Any, group: Group, slot: Slot) -> set[str]:
     """State that this optimizer keeps with other options, which may have been switched off since it was saved."""
-    names: set[str] = set()
+    names = {COMPENSATION}
     for key, check in optimizer.ranges().items():
         for value in (True, False, None, 0.5):
             if key in group and check(value) is None:

@@ -1,14 +1,22 @@
-"""A hash of 64-bit integers, as tensors: the finisher of the splitmix64 generator."""
+"""Keys of random numbers, and a hash of 64-bit integers, as tensors: the finisher of the splitmix64 generator."""
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
-__all__ = ["ODD", "mixed"]
+__all__ = ["ODD", "key_of", "mixed"]
 
 ODD = 0x9E3779B97F4A7C15 - 2**64
 """The odd step between the states of the generator."""
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def key_of(*parts: object) -> int:
+    """A 64-bit key from a seed, a count, a name."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:

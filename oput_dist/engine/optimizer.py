@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,16 @@ from oput_dist.kernels.stage import Update
 from oput_dist.layout import clean_name, is_flattened, reshard_fsdp2
 
 from .accumulation import check_accumulates
+from .common import Common
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive, signature_checks
 from .load import load_state_dict
 from .model import Model, check_not_replaced
-from .options import GroupHandle, group_handle, options_of, releases
+from .options import GroupHandle, Options, check_rounded, group_handle, options_of, releases
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
 from .rewrite import rewrite
 from .saved import FORMAT, FORMAT_KEY, completed
-from .step import Options, Outcome, Spread, Step
+from .step import Outcome, Spread, Step
 
 if TYPE_CHECKING:
     from .release import Release
@@ -33,48 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["Common", "Optimizer", "Params"]
 
 Params = nn.Module | Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-
-class Common(TypedDict, total=False):
-    """Keywords that every optimizer takes.
-
-    - ``decouple_lr`` (bool, False): decay by ``lr / max_lr * weight_decay``, fully decoupled from the learning rate.
-      Typical values of ``weight_decay`` are then 1e-5 to 1e-4.
-    - ``max_lr`` (float > 0): the largest learning rate of the schedule; a group's own initial ``lr`` if not given.
-    - ``maximize`` (bool, False): ascend.
-    - ``cautious`` (bool, False): move only elements whose update agrees with the gradient, and those by as much more
-      as they are fewer (https://arxiv.org/abs/2411.16085). One more packed all-reduce a step.
-    - ``max_grad_norm`` (float > 0): clip the global gradient norm inside the update; gradients stay as they are.
-    - ``backend`` (str): ``"triton"``, ``"compile"``, ``"foreach"`` or ``"eager"``; by default the fastest.
-    - ``foreach``, ``triton`` (bool): True takes that backend, False rules it out.
-    - ``skip_nonfinite`` (bool, False): leave parameters, state and counters as they are, on all ranks, when any rank's
-      gradients hold NaN or infinity; :attr:`Optimizer.skipped` counts it. Each step then waits for the device.
-    - ``model_group`` (ProcessGroup): over which different ranks hold different parameters (pipeline stages), so that
-      sums over all parameters span it.
-    - ``data_group`` (ProcessGroup): over which an optimizer that needs the loss averages it; by default all ranks.
-    - ``shard_group`` (ProcessGroup): partition update and state of replicated parameters over it (ZeRO-1).
-    - ``gradient_release`` (bool, False): allow :func:`oput_dist.prepare_for_gradient_release`, after which each
-      parameter is updated in the backward pass, as soon as its gradient is final, and the gradient is freed.
-    - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
-      the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
-    - ``state_dtype`` (torch.dtype): of the state; the parameter's own by default.
-    """
-
-    decouple_lr: bool
-    max_lr: float | None
-    maximize: bool
-    cautious: bool
-    max_grad_norm: float | None
-    foreach: bool | None
-    triton: bool | None
-    backend: str | None
-    skip_nonfinite: bool
-    model_group: dist.ProcessGroup | None
-    data_group: dist.ProcessGroup | None
-    shard_group: dist.ProcessGroup | None
-    gradient_release: bool
-    module: nn.Module | None
-    state_dtype: torch.dtype | None
 
 
 _GROUP_COMMON: dict[str, Check] = {
@@ -148,6 +107,7 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             params = [(clean_name(name), parameter) for name, parameter in params.named_parameters()]
         super().__init__(params, every)
+        check_rounded(owner, self._options, (p for group in self.param_groups for p in group["params"]))
 
     @abstractmethod
     def recipe(self, group: Group, shape: Shape) -> Recipe:

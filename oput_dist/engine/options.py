@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, check_backend
+from oput_dist.kernels.stage import Write
 
 from .hyper import boolean, check_group, optional, positive
-from .step import Options
+from .writing import write_of
 
-__all__ = ["GroupHandle", "group_handle", "options_of", "releases"]
+__all__ = ["GroupHandle", "Options", "check_rounded", "group_handle", "options_of", "releases"]
 
-_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STATE_DTYPES: dict[str, Any] = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for a whole optimizer."""
+
+    backends: tuple[str, ...] = BACKENDS
+    state_dtype: torch.dtype | None = None
+    write: Write = Write.KAHAN
+    """How parameters of 16 bits are written."""
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    accumulate: bool = False
+    """Whether gradients, without weight decay, go into the state only, and parameters stay as they are."""
 
 
 class GroupHandle:
@@ -42,6 +63,7 @@ def options_of(owner: str, common: Mapping[str, Any]) -> Options:
     return Options(
         _backends(owner, common),
         _state_dtype(owner, common),
+        _write(owner, common),
         _max_grad_norm(owner, common),
         _skip_nonfinite(owner, common),
     )
@@ -78,13 +100,35 @@ def _backends(owner: str, common: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _state_dtype(owner: str, common: Mapping[str, Any]) -> torch.dtype | None:
-    dtype = common.get("state_dtype")
-    if dtype is not None and dtype not in _STATE_DTYPES:
-        raise ValueError(
-            f"{owner}: state_dtype={dtype!r} is not allowed: must be None or one of "
-            f"{', '.join(map(str, _STATE_DTYPES))}"
-        )
+    given = common.get("state_dtype")
+    dtype: torch.dtype | None = _STATE_DTYPES.get(given, given) if isinstance(given, str) else given
+    if dtype is not None and dtype not in _STATE_DTYPES.values():
+        allowed = ", ".join(f"{name!r} ({each})" for name, each in _STATE_DTYPES.items())
+        raise ValueError(f"{owner}: state_dtype={given!r} is not allowed: must be None or one of {allowed}")
     return dtype
+
+
+def _write(owner: str, common: Mapping[str, Any]) -> Write:
+    kahan, stochastic = common.get("kahan_sum"), common.get("stochastic_rounding", False)
+    check_group(owner, {"kahan_sum": kahan}, {"kahan_sum": optional(boolean)})
+    check_group(owner, {"stochastic_rounding": stochastic}, {"stochastic_rounding": boolean})
+    if kahan and stochastic:
+        raise ValueError(
+            f"{owner}: kahan_sum=True and stochastic_rounding=True cannot go together: each is a way "
+            "to lose nothing in rounding; leave one of them out"
+        )
+    if stochastic:
+        return Write.STOCHASTIC
+    return Write.NEAREST if kahan is False else Write.KAHAN
+
+
+def check_rounded(owner: str, options: Options, params: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError for stochastic rounding where no parameter is rounded."""
+    if options.write is Write.STOCHASTIC and all(write_of(options.write, p.dtype) is Write.NEAREST for p in params):
+        raise ValueError(
+            f"{owner}: stochastic_rounding=True, but no parameter is bfloat16 or float16, and others are not rounded: "
+            "leave it out, or cast the model first: oput.to_low_precision(model)"
+        )
 
 
 def _max_grad_norm(owner: str, common: Mapping[str, Any]) -> float | None:

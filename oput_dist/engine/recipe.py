@@ -23,6 +23,7 @@ from oput_dist.kernels.stage import (
     Stored,
     Update,
     Vectors,
+    Write,
     measures,
 )
 from oput_dist.matrix.work import Work
@@ -135,14 +136,14 @@ def decay_rate(group: Group) -> Any:
     return lr * group["weight_decay"]
 
 
-def prologue_of(recipe: Recipe, group: Group) -> Prologue:
-    """The static part of what precedes the rules. ``decouple_lr`` turns L2 decay into a fully decoupled one."""
+def prologue_of(recipe: Recipe, group: Group, write: Write = Write.NEAREST) -> Prologue:
+    """The static part of what surrounds the rules. ``decouple_lr`` turns L2 decay into a fully decoupled one."""
     decay = recipe.decay
     if decay is Decay.L2 and group["decouple_lr"]:
         decay = Decay.SHRINK
     if decay is Decay.L2 and isinstance(group["weight_decay"], (int, float)) and group["weight_decay"] == 0:
         decay = Decay.NONE
-    return Prologue(decay, group["maximize"])
+    return Prologue(decay, group["maximize"], write)
 
 
 def decay_scalar(prologue: Prologue, group: Group) -> Any:

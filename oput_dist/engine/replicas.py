@@ -15,6 +15,7 @@ from oput_dist.layout import Box
 from .mixing import ODD, mixed
 from .slot import Slot
 from .wrapper import Own, check_own
+from .writing import COMPENSATION
 
 __all__ = ["ReplicaError", "check_replicas"]
 
@@ -91,7 +92,7 @@ def _held(optimizer: Own, slot: Slot) -> list[_Held]:
         nothing = slot.numel == 0 and (memory is None or place == cut)
         result.append(_Held(f"{name!r} of {slot.name}", place, memory, nothing))
 
-    for name in recipe.state:
+    for name in (*recipe.state, COMPENSATION):
         add(name, cut, None if state.get(name) is None else layout.piece_of_state(state[name]))
     for name, _ in recipe.vectors:
         add(name, whole, None if state.get(slot.key(name)) is None else layout.memory_of_vector(state[slot.key(name)]))

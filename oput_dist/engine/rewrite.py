@@ -42,6 +42,6 @@ def rewrite(
         begun = bool(plan.counters[slot.counter] > 0) and all(held.get(n) is not None for n in names)
         if slot.group in scalars and slot.numel and begun:
             p = slot.flat_parameter()
-            parts.append(Part(slot, p, p, slot.flat_state(held, names, None)))
+            parts.append(Part(slot, p, p, slot.flat_state(held, names, None), slot.lost(held)))
     sweep(plan, stage, parts, scalars, backends)
     finish(plan, [(part.slot, part.p) for part in parts], lambda slot: slot.group in scalars)

@@ -12,6 +12,7 @@ from oput_dist.backends import compute_dtype
 from oput_dist.layout import Box, Layout, LayoutError, dense_strides, flat, same_order, whole_or_local
 
 from .recipe import Recipe, vector_shape
+from .writing import COMPENSATION
 
 __all__ = ["Slot", "vectors_of"]
 
@@ -134,7 +135,10 @@ class Slot:
     def flat_state(
         self, state: MutableMapping[str, Any], names: tuple[str, ...], dtype: torch.dtype | None
     ) -> tuple[torch.Tensor, ...]:
-        """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's."""
+        """This rank's pieces of the state, 1-d; zeros are made for what is missing, in ``dtype`` or the parameter's.
+
+        What rounding lost is always in the parameter's dtype.
+        """
         if names == self._names and all(
             state.get(n) is v and self.layout.piece_of_state(v).data_ptr() == flat.data_ptr()
             for n, v, flat in zip(names, self._values, self._views, strict=True)
@@ -144,9 +148,13 @@ class Slot:
         self._names, self._values = names, [state[name] for name in names]
         return self._views
 
+    def lost(self, state: MutableMapping[str, Any]) -> torch.Tensor | None:
+        """What rounding this rank's piece of the parameter lost, 1-d, where that is kept."""
+        return None if state.get(COMPENSATION) is None else self._flat_state(state, COMPENSATION, None)
+
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:
         if state.get(name) is None:
-            state[name] = self.layout.zeros(dtype or self.dtype)
+            state[name] = self.layout.zeros(self.dtype if name == COMPENSATION or dtype is None else dtype)
         if not self._fits(state[name]):  # it was made before the parameter was moved, or sharded otherwise
             try:
                 state[name] = self.layout.adopt(state[name])

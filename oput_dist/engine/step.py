@@ -10,37 +10,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oput_dist.backends import BACKENDS, Batch, Scalars, choose, compute_dtype, send
+from oput_dist.backends import Batch, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule
-from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors
+from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors, Write
 
 from .between import Between
 from .finish import finish, updated
 from .matrices import Matrices, matrices_of, takes_part
+from .noise import bits_for
 from .norm import clip_factor, power_table
+from .options import Options
 from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .slot import Slot, vectors_of
 from .stacks import stacks_of
 from .sums import Boundary, Family
+from .writing import names_of, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
 
 State = MutableMapping[torch.Tensor, dict[str, Any]]
 Active = Sequence[tuple[Slot, torch.Tensor]]
 """Slots with a gradient and elements of their own, each with its gradient."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What holds for a whole optimizer."""
-
-    backends: tuple[str, ...] = BACKENDS
-    state_dtype: torch.dtype | None = None
-    max_grad_norm: float | None = None
-    skip_nonfinite: bool = False
-    accumulate: bool = False
-    """Whether gradients, without weight decay, go into the state only, and parameters stay as they are."""
 
 
 class Outcome(Enum):
@@ -112,14 +103,15 @@ class Step:
         without = {"weight_decay": 0.0} if options.accumulate else {}
         self._groups = [{**group, "lr": as_scalar(group["lr"]), **without} for group in groups]
         self._scalars = scalars
-        made: dict[tuple[int, torch.Size], int] = {}
+        made: dict[Any, int] = {}
         self._kinds: list[tuple[Recipe, Prologue]] = []  # one for slots that are updated alike
         self._kind: list[int] = []
         for slot in plan.slots:
-            key = (slot.group, slot.layout.shape)
+            key = (slot.group, slot.layout.shape, slot.dtype)
             if key not in made:
                 one = recipe(self._groups[slot.group], slot.layout.shape)
-                kind = (one, prologue_of(one, self._groups[slot.group]))
+                write = write_of(options.write, slot.dtype)
+                kind = (one, prologue_of(one, self._groups[slot.group], write))
                 if kind not in self._kinds:
                     self._kinds.append(kind)
                 made[key] = self._kinds.index(kind)
@@ -167,7 +159,8 @@ class Step:
         return self._kinds[self._kind[slot.index]][0]
 
     def _state_of(self, slot: Slot) -> tuple[torch.Tensor, ...]:
-        return slot.flat_state(self.state[slot.parameter], self.recipe_of(slot).state, self._options.state_dtype)
+        names = names_of(self.recipe_of(slot).state, self._options.write, slot.dtype)
+        return slot.flat_state(self.state[slot.parameter], names, self._options.state_dtype)
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
         if self._loss is None and any(
@@ -244,14 +237,16 @@ class Step:
             slots = [slot for slot, _ in members]
             values = [slot.flat_parameter() for slot in slots]
             batch = Batch(
-                p=[value.clone() for value in values] if self._options.accumulate else values,
+                p=values,
                 g=[gradient for _, gradient in members],
-                state=[state[slot] for slot in slots],
+                state=[(*self._bits(slot, prologue), *state[slot]) for slot in slots],
                 scalars=self.scalars_of(slots),
                 prologue=prologue,
                 scale=scale.get(key[3]),
                 cache=self._plan.cache((recipe, prologue, tuple(slot.index for slot in slots))),
             )
+            if self._options.accumulate:
+                _set_apart(batch)
             buckets.append(_Bucket(slots, recipe, batch, [self._steps[slot] for slot in slots]))
         return buckets
 
@@ -264,6 +259,10 @@ class Step:
         assert len({type(h) for h in named}) == 1, "scalars of one recipe must have the same names at every step"
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         return Scalars(type(named[0]), values, which, slots[0].device)
+
+    def _bits(self, slot: Slot, prologue: Prologue) -> tuple[torch.Tensor, ...]:
+        """What stochastic rounding of a slot takes."""
+        return (bits_for(slot, self._steps[slot]),) if prologue.write is Write.STOCHASTIC else ()
 
     def _matrices(self) -> Matrices | None:
         if all(recipe.whole is None for recipe, _ in self._kinds):
@@ -403,3 +402,10 @@ class Step:
         steps = send(torch.tensor(bucket.steps, dtype=torch.float64, device="cpu").unsqueeze(1), device)
         weight = elements if bucket.recipe.sums(number) else 1.0  # sums add up over ranks, maxima do not
         return torch.cat([elements, weight * steps], 1)
+
+
+def _set_apart(batch: Batch) -> None:
+    """Have a batch write copies of its parameters and of what their rounding lost."""
+    batch.p = [value.clone() for value in batch.p]
+    aside = batch.prologue.aside
+    batch.state = [(*(each.clone() for each in state[:aside]), *state[aside:]) for state in batch.state]

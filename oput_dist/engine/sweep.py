@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import Schedule, packed_sum
-from oput_dist.kernels.stage import Prologue, Stage, measures
+from oput_dist.kernels.stage import Prologue, Stage, Write, measures
 
 from .plan import Plan
 from .slot import Slot
@@ -29,6 +29,8 @@ class Part:
     g: torch.Tensor
     """What it takes for the gradient."""
     state: tuple[torch.Tensor, ...] = ()
+    lost: torch.Tensor | None = None
+    """What rounding of ``p`` lost, where the optimizer keeps that: read and written with it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def sweep(
     """
     buckets: dict[Any, list[Part]] = {}
     for part in parts:
-        key = (part.p.dtype, part.g.dtype, part.p.device, *[t.dtype for t in part.state])
+        key = (part.p.dtype, part.g.dtype, part.p.device, part.lost is None, *[t.dtype for t in part.state])
         buckets.setdefault(key, []).append(part)
     made: dict[int, torch.Tensor] = {}
     for members in buckets.values():
@@ -85,7 +87,9 @@ def sweep(
         which = [groups.index(part.slot.group) for part in members]
         device = members[0].p.device
         h = Scalars(type(scalars[groups[0]]), rows, which, device)
-        batch = Batch([m.p for m in members], [m.g for m in members], [m.state for m in members], h, Prologue())
+        state = [m.state if m.lost is None else (m.lost, *m.state) for m in members]
+        write = Write.NEAREST if members[0].lost is None else Write.KAHAN
+        batch = Batch([m.p for m in members], [m.g for m in members], state, h, Prologue(write=write))
         sums = None
         if given is not None:
             sums = given.tables[device][send(torch.tensor([m.slot.index for m in members], device="cpu"), device)]

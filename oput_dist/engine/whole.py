@@ -20,6 +20,7 @@ from .recipe import Recipe
 from .saved import WHOLE_KEY
 from .slot import Slot
 from .wrapper import Own, check_own
+from .writing import COMPENSATION
 
 __all__ = ["full_state_dict", "put_together"]
 
@@ -62,7 +63,7 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
     for i, slot in enumerate(plan.slots):
         own = optimizer.state.get(slot.parameter, {})
         state[i] = {}
-        for name in recipes[i].state:
+        for name in _shaped(recipes[i]):
             if (
                 name in found[i]
                 and (whole := put_together(slot, own.get(name), found[i][name], scratch, keep)) is not None
@@ -80,12 +81,17 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
     return {"state": kept_state, "param_groups": _groups(optimizer, plan), WHOLE_KEY: True}
 
 
+def _shaped(recipe: Recipe) -> tuple[str, ...]:
+    """State that may be there in the shape of the parameter."""
+    return (*recipe.state, COMPENSATION)
+
+
 def _everywhere(optimizer: Own, plan: Plan, recipes: Sequence[Recipe]) -> tuple[list[_Found], list[float | None]]:
     """What state each slot has on any rank, and its step count: the largest, as a rank without gradient lags behind."""
     found: list[tuple[_Found, float | None]] = []
     for slot, recipe in zip(plan.slots, recipes, strict=True):
         own = optimizer.state.get(slot.parameter, {})
-        dtypes = {name: own[name].dtype for name in recipe.state if own.get(name) is not None}
+        dtypes = {name: own[name].dtype for name in _shaped(recipe) if own.get(name) is not None}
         kept = [name for name in kept_by(recipe.whole, slot) if own.get(slot.key(name)) is not None]
         dtypes |= {name: own[slot.key(name)].dtype for name in kept}
         found.append((dtypes, float(own["step"]) if "step" in own else None))

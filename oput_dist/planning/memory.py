@@ -10,6 +10,7 @@ import torch
 
 from oput_dist.engine.size import bytes_of
 from oput_dist.engine.slot import Slot, vectors_of
+from oput_dist.engine.writing import names_of
 
 from .given import Given
 from .world import World
@@ -58,13 +59,14 @@ def _of(given: Given, world: World, slot: Slot, trained: bool) -> Held:
     own = numel * slot.dtype.itemsize
     if not trained:
         return Held(own)
-    recipe, state_dtype = given.recipe(slot), given.optimizer.options.state_dtype
+    recipe, options = given.recipe(slot), given.optimizer.options
     state: dict[str, Any] = {"step": torch.empty((), dtype=torch.float32, device="meta")}
-    shaped = slot.flat_state(state, recipe.state, state_dtype)
+    shaped = slot.flat_state(state, names_of(recipe.state, options.write, slot.dtype), options.state_dtype)
     vectors_of(slot, recipe, state)
     scratch = 4 * slot.numel if recipe.whole is not None else 0
     piece, moved = slot.numel * slot.dtype.itemsize, 0
-    stored = sum(one.numel() * one.element_size() for one in shaped) + scratch
+    lost = slot.numel * slot.dtype.itemsize * (len(shaped) - len(recipe.state))
+    stored = sum(one.numel() * one.element_size() for one in shaped) + scratch - lost
     for stage in recipe.stages:
-        moved += 2 * piece + stored + piece * stage.writes_parameter + stored * stage.writes_state
+        moved += 2 * piece + lost + stored + (piece + lost) * stage.writes_parameter + stored * stage.writes_state
     return Held(own, own, bytes_of(state), moved)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from oput_dist.engine import Group, Recipe, Shape, row_of
+from oput_dist.engine import Group, Optimizer, Recipe, Shape, row_of
 from oput_dist.engine.finish import finish
 from oput_dist.engine.hyper import Nonnegative, check_group, signature_checks
 from oput_dist.engine.recipe import as_scalar
@@ -19,7 +19,7 @@ from oput_dist.engine.step import Outcome
 from oput_dist.engine.sweep import Part, Sums, sweep
 from oput_dist.engine.wrapper import Wrapper, check_own
 from oput_dist.kernels.language import rule, tl
-from oput_dist.kernels.stage import WHOLE, Apply, Factors, Measure, Update
+from oput_dist.kernels.stage import WHOLE, Apply, Factors, Measure, Update, Write
 
 from .pairs import PREFIX, check_decay, check_pair, direction_group, merged, parted, prefixed, settings_of
 
@@ -63,7 +63,8 @@ class AdaGraft(Wrapper):
     where :math:`s_M` and :math:`s_D` are the steps that the two would make from :math:`p_{t-1}`, and :math:`\eta` is
     the learning rate of :math:`M`. Norms are of each tensor, or of all together. So the learning rate of :math:`D`
     cancels; but give it one like that of :math:`M`, since its steps are rounded as parameters are. Parameters in bf16
-    are too coarse for this.
+    are too coarse for this, and ``kahan_sum`` and ``stochastic_rounding`` of either
+    optimizer have no effect.
 
     The groups are those of the magnitude optimizer, ``inner``, which schedules act on. State and groups of
     ``direction`` are saved and loaded with it, under names that begin with ``direction_``.
@@ -115,6 +116,9 @@ class AdaGraft(Wrapper):
     ) -> None:
         check_group("AdaGraft", {"scope": scope}, signature_checks(type(self)))  # type: ignore[arg-type]
         check_pair(magnitude, direction)
+        for each in (magnitude, direction):
+            if isinstance(each, Optimizer):  # where parameters end is where neither step went
+                each._options = replace(each._options, write=Write.NEAREST)
         self.direction, self.scope = direction, scope
         super().__init__(magnitude, {"weight_decay": weight_decay, "eps": eps}, module)
 

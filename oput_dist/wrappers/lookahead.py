@@ -160,7 +160,7 @@ class Lookahead(Wrapper):
         far = [self._part(slot) for slot in slots if self._far(slot)]
         for part in far:  # one by one, so that the device holds one tensor of them
             kept = self._kept.state[part.slot.parameter][SLOW]
-            moved = Part(part.slot, part.p, part.g, (part.state[0].to(part.p.device, copy=True),))
+            moved = Part(part.slot, part.p, part.g, (part.state[0].to(part.p.device, copy=True),), part.lost)
             sweep(plan, Update(meet), [moved], due, self.backends)
             _flat_on_host(part.slot, kept).copy_(moved.state[0])
         # What is gathered must be the same on all ranks, also on one whose piece of a parameter is empty.
@@ -171,7 +171,7 @@ class Lookahead(Wrapper):
     def _part(self, slot: Slot) -> Part:
         kept, p = self._kept.state[slot.parameter], slot.flat_parameter()
         slow = _flat_on_host(slot, kept[SLOW]) if self._far(slot) else slot.flat_state(kept, (SLOW,), None)[0]
-        return Part(slot, p, p, (slow,))
+        return Part(slot, p, p, (slow,), slot.lost(self.origin.state.get(slot.parameter, {})))
 
     def _pull_back(self, name: str, slots: list[Slot], due: Mapping[int, Any]) -> None:
         """Reset a momentum, or move it back."""
