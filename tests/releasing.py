@@ -24,6 +24,8 @@ REFUSED = {  # and why
     "momo": "sums over all gradients",
     "momoadam": "sums over all gradients",
     "muon": "whole matrices",
+    "shampoo": "whole matrices",
+    "soap": "whole matrices",
     "prodigy": "sums over all gradients",
     "ranger21": "sums over all gradients",
     "sophia": "refresh",
