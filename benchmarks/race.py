@@ -2,9 +2,9 @@
 
     python -m benchmarks.race [--steps 300] [--trials 5] [--seeds 3]
 
-Every optimizer gets as many trials of its learning rate, a factor of 2 apart around the rate where its documentation
-says to start; the best on the held-out text, with one seed, then runs with several other seeds. The schedule warms up
-for a tenth of the run and falls to zero along a cosine. Writes docs/race.md and docs/race.png.
+Every optimizer gets as many trials of its learning rate, a factor of 2 apart; the best on the held-out text, with one
+seed, then runs with several other seeds. The schedule warms up for a tenth of the run and falls to zero along a cosine.
+Writes docs/race.md and docs/race.png.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 64, 2, 4, 64, 16
 EVERY = 20  # steps between looks at the held-out text
 RACERS: dict[str, tuple[float, dict[str, Any]]] = {  # the rate in the middle of the trials, and settings that stay
     "AdamW": (2e-3, {"betas": (0.9, 0.95), "weight_decay": 0.1}),
-    "Muon": (2e-2, {"adam_factor": 0.15, "weight_decay": 0.1}),
-    "SOAP": (3e-3, {"weight_decay": 0.1}),
-    "Shampoo": (2e-3, {"weight_decay": 0.1, "betas": (0.9, 0.95), "graft_beta": 0.95}),
+    "Muon": (8e-2, {"adam_factor": 0.15, "weight_decay": 0.1}),
+    "SOAP": (1.2e-2, {"weight_decay": 0.1}),
+    "Shampoo": (8e-3, {"weight_decay": 0.1, "betas": (0.9, 0.95), "graft_beta": 0.95}),
 }
 
 

@@ -176,10 +176,11 @@ class Owned:
 def allocate(every: Sequence[tuple[Owned, MutableMapping[str, object]]]) -> None:
     """Bring the state of parameters whose blocks are worked on together, with their state dicts, one after the other
     in memory, so that a step need not stack it; zeros where there is none."""
-    first = every[0][0]
-    for name in first.names:
-        before = [owned.memory(state, name) for owned, state in every]
-        parts = [memory for memory in before if memory is not None]
-        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        for (owned, state), part in zip(every, joined.split([p.numel() for p in parts]), strict=True):  # type: ignore[no-untyped-call]
-            state[owned._slot.key(name)] = part
+    for name in every[0][0].names:
+        pairs = [(owned, state, owned.memory(state, name)) for owned, state in every]
+        found = [(owned, state, memory) for owned, state, memory in pairs if memory is not None]
+        if len(found) > 1:
+            joined = torch.cat([memory for _, _, memory in found])
+            parts = joined.split([memory.numel() for _, _, memory in found])  # type: ignore[no-untyped-call]
+            for (owned, state, _), part in zip(found, parts, strict=True):
+                state[owned._slot.key(name)] = part
