@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import oput_dist as oput
-from oput_dist.matrix import roots
+from oput_dist.matrix import kronecker, roots
 from oput_dist.matrix.kronecker import cut, due
 from oput_dist.matrix.shampoo import Precondition
 from oput_dist.matrix.work import Turn
@@ -170,6 +170,20 @@ def test_a_gradient_that_is_not_finite_or_zero_is_no_gradient(make: Any, bad: fl
     found = trained(lambda p: make(p, **options), spoil=spoiling)
     assert all(bool(torch.isfinite(p).all()) for p in found)
     assert apart(found, trained(lambda p: make(p, **options), spoil=leaving_out)) == 0.0
+
+
+@pytest.mark.parametrize("make", [oput.Shampoo, oput.SOAP])
+def test_masks_as_on_gpus_give_the_same(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiling(step: int, params: list[Any]) -> None:
+        if step % 4 == 2:
+            params[step % 3].grad[0, 0] = torch.nan
+
+    def run() -> list[Tensor]:
+        return trained(lambda p: make(p, lr=0.02, precondition_frequency=3), spoil=spoiling)
+
+    wanted = run()
+    monkeypatch.setattr(kronecker, "READABLE", set())
+    assert apart(run(), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("make", [oput.Shampoo, oput.SOAP])

@@ -31,6 +31,8 @@ __all__ = [
     "where",
 ]
 
+READABLE = {"cpu"}
+"""Devices whose values are looked at in a step. No step waits for a GPU: there everything is worked on, under masks."""
 COUNTS = "matrix_counts"
 """Where the owner of a matrix keeps its :class:`Counts`."""
 
@@ -73,21 +75,29 @@ class Kronecker(Work):
     def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
         """As ``__call__``, for gradients that count: all, or those of a mask, while the others are zeros."""
 
+    @abstractmethod
+    def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
+        """Find anew what is due, of matrices of the shape and dtype of ``like``, also of those that do not count."""
+
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
         largest = torch.linalg.vector_norm(stacked.flatten(1), ord=float("inf"), dim=1)  # NaN, if any element is
         counts = (largest > 0) & torch.isfinite(largest)
         if (counting := masked(counts)) is None:
             return self.update(stacked, held, turn, None)
         zeros = torch.zeros_like(stacked)
-        if stacked.device.type != "cpu":  # no step waits for a GPU, so all are worked on
+        if stacked.device.type not in READABLE:
             given = torch.where(broadcast(counts, stacked), stacked, zeros)
             return torch.where(broadcast(counts, stacked), self.update(given, held, turn, counting), zeros)
-        places = counts.nonzero().flatten().tolist()
-        if places:
-            some = held.only(places)
-            numbers = tuple(turn.numbers[place] for place in places)
-            zeros[places] = self.update(stacked[places], some, Turn(turn.step, numbers), None)
-            some.finish()
+        for counting_ones in (True, False):
+            places = (counts == counting_ones).nonzero().flatten().tolist()
+            if places:
+                some, like = held.only(places), stacked[places]
+                own = Turn(turn.step, tuple(turn.numbers[place] for place in places))
+                if counting_ones:
+                    zeros[places] = self.update(like, some, own, None)
+                else:
+                    self.refresh(some, Counts(some[COUNTS]), own, like)
+                some.finish()
         return zeros
 
 
@@ -97,7 +107,7 @@ Mask = torch.Tensor | None
 
 def masked(which: torch.Tensor) -> Mask:
     """None if all are true; on GPUs, where that is not looked at, the mask."""
-    return None if which.device.type == "cpu" and bool(which.all()) else which
+    return None if which.device.type in READABLE and bool(which.all()) else which
 
 
 def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Precondition(Kronecker):
             self._add(held[f"factor_{axis}"], gradient, axis, counting)
         filtered, scale = self._filtered(gradient, held, counts, counting)
         direction, size = self._graft(gradient, filtered, held, counts, counting)
-        self._refresh(held, counts, turn, gradient)
+        self.refresh(held, counts, turn, gradient)
         update = filtered
         for axis in range(filtered.dim() - 1):
             update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis)
@@ -114,7 +114,7 @@ class Precondition(Kronecker):
         root += broadcast(self.graft_eps * corrected, root)
         return torch.div(filtered, root, out=root), corrected
 
-    def _refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
+    def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""
         places = due(turn, self.frequency, self.staggered, self.start)
         if not places:

@@ -78,7 +78,7 @@ class AdamInEigenbasis(Kronecker):
             add_to(factor, gradient, axis, self.factor_beta, counting)
             if factor is not kept:
                 kept.copy_(factor)
-        self._refresh(held, counts, turn, gradient)
+        self.refresh(held, counts, turn, gradient)
         return update if moving is None else where(moving, update, torch.zeros_like(update))
 
     def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: Mask) -> torch.Tensor:
@@ -104,7 +104,7 @@ class AdamInEigenbasis(Kronecker):
             stacked = along(stacked, basis if back else basis.mT, axis)
         return stacked
 
-    def _refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
+    def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Bases at the first step, and where they are due after it, by one step of orthogonal iteration from the last.
 
         Steps are counted from the second one, the first that moves parameters.
