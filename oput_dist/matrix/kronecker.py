@@ -26,6 +26,7 @@ __all__ = [
     "broadcast",
     "cut",
     "due",
+    "keep_statistics",
     "masked",
     "products",
     "where",
@@ -149,6 +150,14 @@ def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, c
     if counting is not None and decay != 1:
         old *= broadcast(_faded(decay, counting) / decay, old)
     old.baddbmm_(m, m.mT, beta=decay, alpha=1.0 - decay if decay != 1 else 1.0)
+
+
+def keep_statistics(kept: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, counting: Mask) -> None:
+    """:func:`add_to` what is kept, perhaps in a shorter dtype."""
+    factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
+    add_to(factor, gradient, axis, decay, counting)
+    if factor is not kept:
+        kept.copy_(factor)
 
 
 def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Tensor:

@@ -12,12 +12,12 @@ from .kronecker import (
     Counts,
     Kronecker,
     Mask,
-    add_to,
     along,
     average,
     broadcast,
     cut,
     due,
+    keep_statistics,
     masked,
     products,
     where,
@@ -69,7 +69,7 @@ class Precondition(Kronecker):
         counts = Counts(held[COUNTS])
         counts.steps += 1 if counting is None else counting
         for axis in range(gradient.dim() - 1):
-            self._add(held[f"factor_{axis}"], gradient, axis, counting)
+            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.betas[1], counting)
         filtered, scale = self._filtered(gradient, held, counts, counting)
         direction, size = self._graft(gradient, filtered, held, counts, counting)
         self.refresh(held, counts, turn, gradient)
@@ -82,12 +82,6 @@ class Precondition(Kronecker):
         update *= broadcast(factor, update)
         ready = masked(counts.refreshes > 0)
         return update if ready is None else where(ready, update, direction * broadcast(scale * size, direction))
-
-    def _add(self, kept: torch.Tensor, gradient: torch.Tensor, axis: int, counting: Mask) -> None:
-        factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
-        add_to(factor, gradient, axis, self.betas[1], counting)
-        if factor is not kept:
-            kept.copy_(factor)
 
     def _filtered(
         self, gradient: torch.Tensor, held: Held, counts: Counts, counting: Mask

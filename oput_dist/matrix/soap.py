@@ -12,12 +12,12 @@ from .kronecker import (
     Counts,
     Kronecker,
     Mask,
-    add_to,
     along,
     average,
     broadcast,
     cut,
     due,
+    keep_statistics,
     masked,
     products,
     where,
@@ -73,11 +73,7 @@ class AdamInEigenbasis(Kronecker):
         counts.steps += 1 if moving is None else moving
         update = self._adam(gradient, held, counts, moving)
         for axis in self._axes(gradient.shape[1:]):
-            kept = held[f"factor_{axis}"]
-            factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
-            add_to(factor, gradient, axis, self.factor_beta, counting)
-            if factor is not kept:
-                kept.copy_(factor)
+            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.factor_beta, counting)
         self.refresh(held, counts, turn, gradient)
         return update if moving is None else where(moving, update, torch.zeros_like(update))
 
