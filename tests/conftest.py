@@ -14,7 +14,17 @@ from tests import pool as pool_module
 from tests.matrix import Tally
 
 TALLY = Tally()
-LONGEST = ("test_conformance", "test_compile", "test_kernels", "test_recipes", "test_train", "test_checkpoint_matrix")
+LONGEST = (
+    "test_conformance",
+    "test_deepspeed",
+    "test_compile",
+    "test_kernels",
+    "test_checkpoint_matrix",
+    "test_recipes",
+    "test_train",
+    "test_deepspeed_launch",
+    "test_deepspeed_checkpoint",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
