@@ -107,20 +107,6 @@ class Owners:
         for last in leaving:
             last.finish()
 
-    def collect(self, pieces: Sequence[torch.Tensor]) -> Wholes:
-        """The matrices that this rank owns, put together from all ranks' pieces. All ranks must call it."""
-        if self._group is None:
-            return {i: self._local(pieces, i) for i in range(len(self._matrices))}
-        return _Gather(self, range(len(self._matrices)), pieces).wholes()
-
-    def spread(self, wholes: Wholes, pieces: Sequence[torch.Tensor]) -> None:
-        """Write to all ranks' pieces what owners have. All ranks must call it."""
-        if self._group is None:
-            for i, whole in wholes.items():
-                self.write(pieces, i, self._cut(whole, 0, i))
-        else:
-            _Scatter(self, range(len(self._matrices)), wholes, pieces).finish()
-
     def _local(self, pieces: Sequence[torch.Tensor], i: int) -> torch.Tensor:
         """A matrix that is all here: a view where it can be one."""
         matrix = self._matrices[i]

@@ -17,7 +17,7 @@ from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
 from .match import matched, owner_of
-from .matrices import matrices_of
+from .matrices import matrices_in
 from .owned import kept_by
 from .plan import Plan
 from .recipe import Group, vector_shape
@@ -85,7 +85,7 @@ def _settle(
     state: defaultdict[torch.Tensor, dict[str, Any]],
 ) -> None:
     """Give what owners of matrices keep to the owners. Every rank must call it."""
-    matrices = matrices_of(plan, [optimizer.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
+    matrices = matrices_in(optimizer, plan, groups)
     if matrices is None:
         return
     every = [(entry, owned) for entry in entries if (owned := matrices.owned(entry.slot)) is not None]
@@ -193,8 +193,8 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
     wanted = {name: name for name in shaped} | {name: _key(slot, name, found) for name in shapes}
     joint = len(source.slots) > 1
     # Under the name alone a flat parameter may hold the state of originals that are no matrices.
-    keys = {slot.key(name) if joint else name: name for name in kept_by(recipe.whole, slot)}
-    lengths = {key: kept_by(recipe.whole, slot)[name].length for key, name in keys.items()}
+    owned = kept_by(recipe.whole, slot)
+    keys = {slot.key(name) if joint else name: name for name in owned}
     kept = _keys(optimizer, source.slots, group) if joint else {*wanted.values(), *keys}
     for key in found.keys() - kept - {"step"}:
         if not source.own or key not in _once_kept(optimizer, group, slot):
@@ -206,7 +206,7 @@ def _entry(optimizer: Any, slot: Slot, found: Mapping[str, Any], group: Group, s
         shape = shapes.get(name, slot.parameter.shape if joint else slot.layout.shape)
         _check_tensor(owner, slot, name, found[key], tuple(shape), name in shapes)
     for key in keys.keys() & found.keys():
-        _check_owned(owner, slot, key, found[key], lengths[key])
+        _check_owned(owner, slot, key, found[key], owned[keys[key]].length)
     return _Entry(
         slot,
         joint,

@@ -21,7 +21,7 @@ from .plan import Plan
 from .recipe import Group, Recipe
 from .slot import Slot
 
-__all__ = ["MATRIX_STEPS", "Matrices", "matrices_of", "sharing_group", "takes_part"]
+__all__ = ["MATRIX_STEPS", "Matrices", "matrices_in", "matrices_of", "sharing_group", "takes_part"]
 
 MATRIX_STEPS = "matrix_steps"
 """The key of a parameter group that counts its steps, where work on matrices falls due at some of them."""
@@ -54,13 +54,15 @@ class _Family:
         self.owned: dict[int, Owned] = {}
         self._together: set[int] = set()
         self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
-        for slot in slots:
-            own = [(i, block) for i, block in enumerate(blocks) if block.slot is slot]
-            mine = {block.of_slot for i, block in own if owners.owners[i] == owners.rank}
-            if own:
-                self.owned[slot.index] = Owned(slot, own[0][1].work, mine, group)
-                mine_only = {(b.shape, b.work, slot.group) for _, b in own if b.of_slot in mine}
-                self._kinds[slot.index] = mine_only.pop() if len(mine_only) == 1 else slot
+        mine: dict[Slot, list[_Block]] = {block.slot: [] for block in blocks}
+        for block, owner in zip(blocks, owners.owners, strict=True):
+            if owner == owners.rank:
+                mine[block.slot].append(block)
+        works = {block.slot: block.work for block in blocks}
+        for slot, own in mine.items():
+            self.owned[slot.index] = Owned(slot, works[slot], {block.of_slot for block in own}, group)
+            kinds = {(block.shape, block.work, slot.group) for block in own}
+            self._kinds[slot.index] = kinds.pop() if len(kinds) == 1 else slot
 
     def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
         """See :meth:`Matrices.run`."""
@@ -200,6 +202,11 @@ def matrices_of(plan: Plan, recipes: Sequence[Recipe]) -> Matrices | None:
         plan.memo[key] = Matrices(plan, recipes)
     known: Matrices = plan.memo[key]
     return known
+
+
+def matrices_in(optimizer: Any, plan: Plan, groups: Sequence[Group]) -> Matrices | None:
+    """The matrices of an optimizer with these groups, its own or those that it is to get. Every rank must call it."""
+    return matrices_of(plan, [optimizer.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
 
 
 def takes_part(slot: Slot, recipe: Recipe) -> bool:

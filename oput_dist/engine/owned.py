@@ -38,11 +38,12 @@ class _State:
 
 def kept_by(work: Work | None, slot: Slot) -> dict[str, _State]:
     """What the owners of a parameter's blocks keep, by name."""
+    if work is None:
+        return {}
     found: dict[str, list[tuple[int, Kept]]] = {}
-    shape = tuple(slot.layout.shape)
-    for i, block in enumerate(work.blocks(shape) if work is not None else ()):
+    for i, block in enumerate(work.blocks(tuple(slot.layout.shape))):
         sizes = tuple(part.stop - part.start for part in block)
-        for name, kept in (work.kept(sizes, compute_dtype(slot.dtype)) if work is not None else {}).items():
+        for name, kept in work.kept(sizes, compute_dtype(slot.dtype)).items():
             found.setdefault(name, []).append((i, kept))
     return {name: _state(each) for name, each in found.items()}
 

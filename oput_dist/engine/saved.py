@@ -12,7 +12,7 @@ from oput_dist.layout import LayoutError
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import gathered, joint_groups
-from .matrices import matrices_of
+from .matrices import matrices_in
 from .owned import kept_by
 
 __all__ = ["FORMAT", "FORMAT_KEY", "WHOLE_KEY", "completed"]
@@ -72,7 +72,7 @@ def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:
     if plan is None:
         return
     groups = optimizer.param_groups
-    matrices = matrices_of(plan, [optimizer.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
+    matrices = matrices_in(optimizer, plan, groups)
     keys = {
         p: key
         for group, packed in zip(groups, saved["param_groups"], strict=True)

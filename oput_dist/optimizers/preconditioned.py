@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oput_dist.engine import Common, Group, Params, Recipe, Shape, decay_rate, row_of
-from oput_dist.engine.matrices import MATRIX_STEPS, matrices_of
+from oput_dist.engine.matrices import MATRIX_STEPS, matrices_in
 from oput_dist.engine.split import Test
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.stage import Measure, Update
@@ -67,8 +67,8 @@ class Preconditioned(Matrixwise):
     @torch.no_grad()
     def report(self) -> MatrixReport:
         """How often roots or bases were found, and failed. Every rank that holds a part of the model must call it."""
-        plan, groups = self._current_plan(), self.param_groups
-        matrices = matrices_of(plan, [self.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
+        plan = self._current_plan()
+        matrices = matrices_in(self, plan, self.param_groups)
         total, blocks = torch.zeros(3, dtype=torch.float64), 0
         for slot in plan.slots:
             owned = None if matrices is None else matrices.owned(slot)
