@@ -24,12 +24,23 @@ class _TorchLanguage:
     abs = staticmethod(torch.abs)
     exp = staticmethod(torch.exp)
     log = staticmethod(torch.log)
+    floor = staticmethod(torch.floor)
     static_range = staticmethod(range)
     int32, float32 = torch.int32, torch.float32
 
     @staticmethod
     def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
         return torch.where(condition, x, y)
+
+    @staticmethod
+    def minimum(x: torch.Tensor, y: Any) -> torch.Tensor:
+        """Of what cannot be NaN, or may then be anything: see :func:`oput_dist.kernels.math.at_most` for the rest."""
+        return torch.minimum(x, y) if isinstance(y, torch.Tensor) else x.clamp(max=y)
+
+    @staticmethod
+    def maximum(x: torch.Tensor, y: Any) -> torch.Tensor:
+        """Likewise."""
+        return torch.maximum(x, y) if isinstance(y, torch.Tensor) else x.clamp(min=y)
 
     @staticmethod
     def cast(x: torch.Tensor, dtype: torch.dtype, bitcast: bool) -> torch.Tensor:

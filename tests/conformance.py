@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from oput_dist.engine.coded import with_tensors
+from oput_dist.engine.writing import COMPENSATION
 from tests.layouts import Layout, Plain
 from tests.pool import Pool
 from tests.wrapped import LAYOUTS
@@ -126,7 +128,7 @@ def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: t
     taken = {}
     for name, p in params.items():
         taken[name] = {"param": local(layout.local(name, p))}
-        for key, value in sorted(optimizer.state[p].items()):
+        for key, value in sorted(state_of(optimizer, p).items()):
             kind, _, original = key.partition(".")  # of a tensor that stands for several
             if kind in case.owned:
                 continue
@@ -134,6 +136,17 @@ def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: t
                 whole = kind in ("step", *case.vectors)
                 taken[name][kind] = local(value if whole else layout.local(name, value))
     return taken
+
+
+def state_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    """The state of a parameter, with numbers in place of codes."""
+    origin: Any = getattr(optimizer, "origin", optimizer)
+    if getattr(getattr(origin, "options", None), "storage", None) is None:
+        return optimizer.state[p]
+    slots = [slot for slot in origin._current_plan().slots if slot.parameter is p]
+    recipes = [origin.recipe(origin.param_groups[slot.group], slot.layout.shape) for slot in slots]
+    names = [COMPENSATION, *dict.fromkeys(name for recipe in recipes for name in recipe.state)]
+    return with_tensors(slots, optimizer.state[p], names)
 
 
 Row = tuple[Case, torch.dtype, str]  # the string is the backend of the sharded run
@@ -170,7 +183,7 @@ def train(layout: Layout, case: Case, dtype: torch.dtype, backend: str, pieces: 
     misplaced = [
         f"state {k} of {name} is not laid out as its parameter"
         for name, p in params.items()
-        for k, v in optimizer.state[p].items()
+        for k, v in state_of(optimizer, p).items()
         if k.split(".")[0] not in ("step", *case.vectors, *case.owned) and not layout.alike(p, v)
     ]
     return Report(before, snapshot(case, layout, params, optimizer), pieces, absent, misplaced)

@@ -12,6 +12,7 @@ import torch
 from oput_dist.kernels.language import HAS_TRITON
 
 from .batch import Backend, Batch, Row, Scalars, Stack, compute_dtype
+from .coding import decode, encode
 from .packing import PACK, SMALL
 from .torchlike import Compile, Eager, Foreach
 from .transfer import send
@@ -30,6 +31,8 @@ __all__ = [
     "check_backend",
     "choose",
     "compute_dtype",
+    "decode",
+    "encode",
     "send",
 ]
 

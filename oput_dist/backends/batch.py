@@ -71,6 +71,8 @@ class Batch:
     """Multiplies every gradient: one float64 on the device, or None."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """For what a backend keeps from step to step as long as the same tensors are batched."""
+    lasting: bool = True
+    """Whether that may be large: not where batches are many."""
 
 
 @dataclass

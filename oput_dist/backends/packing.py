@@ -53,7 +53,7 @@ def packs(batch: Batch) -> tuple[list[int], list[Pack]]:
 
 def _sorted(batch: Batch) -> tuple[list[int], list[Pack]]:
     single = [i for i, p in enumerate(batch.p) if p.numel() > SMALL]
-    keep = sum(p.numel() for p in batch.p if p.numel() <= SMALL) <= PACK
+    keep = batch.lasting and sum(p.numel() for p in batch.p if p.numel() <= SMALL) <= PACK
     by_row: dict[int, list[int]] = {}
     for i, p in enumerate(batch.p):
         if p.numel() <= SMALL:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from oput_dist.kernels.stage import Stage
 from .batch import Batch, Stack
 from .boxes import BoxedStack, fits, view_of
 from .torchlike import Compile, Eager
-from .transfer import send
+from .transfer import on, send
 
 __all__ = ["Triton"]
 
@@ -59,7 +58,7 @@ class Triton:
         table = _table(batch, device)
         hyper = batch.scalars.table
         partial = torch.empty(grid.count, terms, dtype=torch.float64, device=device) if terms else hyper
-        with _on(device):
+        with on(device):
             grouped[(grid.count,)](
                 table,
                 hyper,
@@ -113,7 +112,7 @@ class Triton:
             batch.g[0].dtype,
             tuple(s.dtype for s in batch.state[0]),
         )
-        with _on(device):
+        with on(device):
             boxed[(len(tiles),)](
                 send(torch.tensor(table, dtype=torch.int64, device="cpu"), device),
                 hyper,
@@ -167,8 +166,3 @@ def _table(batch: Batch, device: torch.device) -> torch.Tensor:
         batch.cache["table"] = send(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
     table: torch.Tensor = batch.cache["table"]
     return table
-
-
-def _on(device: torch.device) -> Any:
-    """Launch on the device of the tensors, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
@@ -34,7 +35,13 @@ class Common(TypedDict, total=False):
     - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
       the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
     - ``state_dtype`` (torch.dtype, or ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``): of the state; the parameter's
-      own by default.
+      own by default. Or ``"int8"``, ``"fp8"``, ``"int4"``: moving averages are kept as codes, in blocks of 256 elements
+      (128 for int4) with a float32 scale each, 1.02 or 0.53 bytes an element; parameters of fewer than 4,096 elements
+      and those of ``nn.Embedding`` keep float32, other state the parameter's dtype. Or a dict from names of state to
+      any of these. Rules see float32, and parameters are updated by it, before it is coded again.
+    - ``state_overrides`` (dict): the form of the state of some parameters, by class of their module or by a pattern of
+      their qualified name; the last that fits counts. ``{nn.Embedding: "fp32", nn.EmbeddingBag: "fp32"}`` by default,
+      where state is coded. Needs the module, or named parameters. Example: ``{"lm_head.*": "fp32"}``.
     - ``kahan_sum`` (bool): keep what rounding to bfloat16 or float16 parameters loses, as one more state,
       ``kahan_comp``, and add it wherever they are read, so that also what is far smaller than they are adds up: updates
       and weight decay. By default it is kept; False leaves it out. Other parameters take no notice.
@@ -57,6 +64,7 @@ class Common(TypedDict, total=False):
     shard_group: dist.ProcessGroup | None
     gradient_release: bool
     module: nn.Module | None
-    state_dtype: torch.dtype | str | None
+    state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None
+    state_overrides: Mapping[type[nn.Module] | str, torch.dtype | str] | None
     kahan_sum: bool | None
     stochastic_rounding: bool

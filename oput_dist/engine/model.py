@@ -28,6 +28,7 @@ class Model:
         self._homes: dict[int, tuple[nn.Module, str]] = {}
         self._names: dict[int, str] = {}
         self._layers: dict[str, int] = {}
+        self._classes: dict[str, type[nn.Module]] = {}
         self.refresh()
 
     @property
@@ -41,7 +42,9 @@ class Model:
             return
         self.flattened = flattened_in(self._module)
         for prefix, child in self._module.named_modules():
-            self._layers.setdefault(clean_name(f"{prefix}.").removesuffix("."), len(self._layers))
+            layer = clean_name(f"{prefix}.").removesuffix(".")
+            self._layers.setdefault(layer, len(self._layers))
+            self._classes[layer] = type(child)  # what is wrapped comes after what wraps it
             for leaf, parameter in child.named_parameters(recurse=False):
                 self._homes.setdefault(id(parameter), (child, leaf))
                 self._names[id(parameter)] = clean_name(f"{prefix}.{leaf}" if prefix else leaf)
@@ -58,6 +61,10 @@ class Model:
     def layer_of(self, name: str) -> int:
         """Where the layer of a parameter comes in the module, by its qualified name; 0 if that is not known."""
         return self._layers.get(name.rpartition(".")[0], 0)
+
+    def class_of(self, name: str) -> type[nn.Module] | None:
+        """The class of the module of a parameter, by its qualified name."""
+        return self._classes.get(name.rpartition(".")[0])
 
     def lost(self, parameter: torch.Tensor) -> bool:
         """Whether the module held a parameter before and has another one in its place now."""

@@ -13,16 +13,10 @@ from oput_dist.backends import BACKENDS, check_backend
 from oput_dist.kernels.stage import Write
 
 from .hyper import boolean, check_group, optional, positive
+from .storage import Storage, storage_of
 from .writing import write_of
 
 __all__ = ["GroupHandle", "Options", "check_rounded", "group_handle", "options_of", "releases"]
-
-_STATE_DTYPES: dict[str, Any] = {
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,9 @@ class Options:
 
     backends: tuple[str, ...] = BACKENDS
     state_dtype: torch.dtype | None = None
+    """Of all state, where :attr:`storage` is None."""
+    storage: Storage | None = None
+    """In what form each state is kept, where that differs."""
     write: Write = Write.KAHAN
     """How parameters of 16 bits are written."""
     max_grad_norm: float | None = None
@@ -60,9 +57,11 @@ def options_of(owner: str, common: Mapping[str, Any]) -> Options:
     Raises:
         ValueError: for one that is out of range, or that goes with no other that was given.
     """
+    kept = storage_of(owner, common.get("state_dtype"), common.get("state_overrides"))
     return Options(
         _backends(owner, common),
-        _state_dtype(owner, common),
+        None if isinstance(kept, Storage) else kept,
+        kept if isinstance(kept, Storage) else None,
         _write(owner, common),
         _max_grad_norm(owner, common),
         _skip_nonfinite(owner, common),
@@ -97,15 +96,6 @@ def _backends(owner: str, common: Mapping[str, Any]) -> tuple[str, ...]:
         check_backend(name)
     refused = {name for name in ("triton", "foreach") if common.get(name) is False}
     return tuple(asked) or tuple(name for name in BACKENDS if name not in refused)
-
-
-def _state_dtype(owner: str, common: Mapping[str, Any]) -> torch.dtype | None:
-    given = common.get("state_dtype")
-    dtype: torch.dtype | None = _STATE_DTYPES.get(given, given) if isinstance(given, str) else given
-    if dtype is not None and dtype not in _STATE_DTYPES.values():
-        allowed = ", ".join(f"{name!r} ({each})" for name, each in _STATE_DTYPES.items())
-        raise ValueError(f"{owner}: state_dtype={given!r} is not allowed: must be None or one of {allowed}")
-    return dtype
 
 
 def _write(owner: str, common: Mapping[str, Any]) -> Write:

@@ -68,6 +68,7 @@ class Plan:
         owners: list[Slot] = []
         for number, group in enumerate(param_groups):
             for i, parameter in enumerate(group["params"]):
+                qualified = qualified_name(group, i, model)
                 called = parameter_name(group, number, i, model)
                 layouts = _layouts(parameter, called, shard_group, model)
                 for k, layout in enumerate(layouts):
@@ -76,6 +77,9 @@ class Plan:
                         check_sums(name, layout)
                     counter = len(owners) - (k > 0)
                     slots.append(Slot(parameter, name, layout, number, len(slots), counter, len(layouts) > 1))
+                    slots[-1].called = layout.name or qualified
+                    if model is not None and slots[-1].called is not None:
+                        slots[-1].layer = model.class_of(slots[-1].called)
                     if k == 0:
                         owners.append(slots[-1])
         counters = torch.zeros(len(owners), dtype=torch.float32, device="cpu")
@@ -167,9 +171,15 @@ def check_sums(name: str, layout: Layout) -> None:
 
 def parameter_name(group: dict[str, Any], number: int, i: int, model: Model | None = None) -> str:
     """What to call a parameter in messages: its qualified name where known, else its place and shape."""
-    known = group["param_names"][i] if "param_names" in group else None
-    if known is None and model is not None:
-        known = model.name_of(group["params"][i])
+    known = qualified_name(group, i, model)
     if known is not None:
         return f"parameter {known!r}"
     return f"parameter {i} of group {number} (shape {tuple(group['params'][i].shape)})"
+
+
+def qualified_name(group: dict[str, Any], i: int, model: Model | None = None) -> str | None:
+    """The qualified name of a parameter, where it is known."""
+    known = group["param_names"][i] if "param_names" in group else None
+    if known is None and model is not None:
+        known = model.name_of(group["params"][i])
+    return known

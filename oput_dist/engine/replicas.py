@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from oput_dist.layout import Box
 
+from .coded import value_of
 from .mixing import ODD, mixed
 from .slot import Slot
 from .wrapper import Own, check_own
@@ -93,7 +94,8 @@ def _held(optimizer: Own, slot: Slot) -> list[_Held]:
         result.append(_Held(f"{name!r} of {slot.name}", place, memory, nothing))
 
     for name in (*recipe.state, COMPENSATION):
-        add(name, cut, None if state.get(name) is None else layout.piece_of_state(state[name]))
+        value = value_of(slot, state, name)
+        add(name, cut, None if value is None else layout.piece_of_state(value))
     for name, _ in recipe.vectors:
         add(name, whole, None if state.get(slot.key(name)) is None else layout.memory_of_vector(state[slot.key(name)]))
     step = state.get("step")

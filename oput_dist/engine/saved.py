@@ -12,8 +12,11 @@ from oput_dist.layout import LayoutError
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import gathered, joint_groups
+from .coded import with_tensors
 from .matrices import matrices_in
 from .owned import kept_by
+from .slot import Slot
+from .writing import COMPENSATION
 
 __all__ = ["FORMAT", "FORMAT_KEY", "WHOLE_KEY", "completed"]
 
@@ -36,6 +39,7 @@ def completed(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """
     for group in saved["param_groups"]:
         group.update({key: value.clone() for key, value in group.items() if isinstance(value, torch.Tensor)})
+    _decode(optimizer, saved)
     spread_owned(optimizer, saved)
     flattened = False
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -64,6 +68,22 @@ def _check_shapes(optimizer: Any) -> None:
                 "oput.full_state_dict(optimizer) and load it with optimizer.load_state_dict, or wrap the model with "
                 "torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+
+
+def _decode(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Put numbers in place of codes: they reshard, and load under any other form of the state."""
+    if optimizer.options.storage is None:
+        return
+    every: dict[torch.Tensor, list[Slot]] = {}
+    for slot in optimizer._current_plan().slots:
+        every.setdefault(slot.parameter, []).append(slot)
+    for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, key in zip(group["params"], packed["params"], strict=True):
+            if saved["state"].get(key):
+                slots = every[parameter]
+                recipes = [optimizer.recipe(group, slot.layout.shape) for slot in slots]
+                names = dict.fromkeys((COMPENSATION, *(name for recipe in recipes for name in recipe.state)))
+                saved["state"][key] = with_tensors(slots, saved["state"][key], list(names))
 
 
 def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ import torch
 
 from oput_dist.layout import whole_or_local
 
+from .coded import Coded
+
 __all__ = ["bytes_of", "state_bytes"]
 
 
@@ -20,4 +22,5 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def bytes_of(state: Mapping[str, Any]) -> int:
     """Bytes of the state of one parameter that this rank holds."""
     tensors = (whole_or_local(value) for value in state.values() if isinstance(value, torch.Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    coded = sum(value.nbytes for value in state.values() if isinstance(value, Coded))
+    return coded + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -6,6 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from oput_dist.backends import compute_dtype
@@ -39,6 +40,12 @@ class Slot:
         self.counter, self.shared = counter, shared
         self.settled: torch.Tensor | None = None
         """The gradient of this step in place of the parameter's own, where that is a partial sum."""
+        self.called: str | None = layout.name
+        """The qualified name, where it is known."""
+        self.layer: type[nn.Module] | None = None
+        """The class of the parameter's module, where it is known."""
+        self.facts: dict[Any, Any] = {}
+        """What follows from the layout alone, kept by those who worked it out."""
         memory = whole_or_local(parameter.detach())
         self._address, self._shape, self._memory_strides = memory.data_ptr(), memory.shape, memory.stride()
         piece = layout.piece(parameter.detach())
@@ -150,6 +157,10 @@ class Slot:
 
     def lost(self, state: MutableMapping[str, Any]) -> torch.Tensor | None:
         """What rounding this rank's piece of the parameter lost, 1-d, where that is kept."""
+        own = state.get(self.key(COMPENSATION)) if self.shared else None
+        if own is not None:
+            assert isinstance(own, torch.Tensor)
+            return own
         return None if state.get(COMPENSATION) is None else self._flat_state(state, COMPENSATION, None)
 
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:

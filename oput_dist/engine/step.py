@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,9 +13,14 @@ import torch.distributed as dist
 
 from oput_dist.backends import Batch, Scalars, choose, compute_dtype, send
 from oput_dist.collectives import Schedule
+from oput_dist.kernels.codes import Format
 from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors, Write
 
 from .between import Between
+from .buckets import Bucket, Member, key_of, waves
+from .coded import Cell, drop_joint, kept_state
+from .coding import Coding
+from .cuts import find_cuts
 from .finish import finish, updated
 from .matrices import Matrices, matrices_of, takes_part
 from .noise import bits_for
@@ -25,7 +31,7 @@ from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .slot import Slot, vectors_of
 from .stacks import stacks_of
 from .sums import Boundary, Family
-from .writing import names_of, write_of
+from .writing import COMPENSATION, names_of, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
 
@@ -50,21 +56,6 @@ class Spread:
     """Over which different ranks hold different parameters (pipeline stages)."""
     data: tuple[dist.ProcessGroup, ...] = ()
     """Over which the batch loss is averaged."""
-
-
-@dataclass
-class _Bucket:
-    """Slots that one launch serves."""
-
-    slots: list[Slot]
-    recipe: Recipe
-    batch: Batch
-    steps: list[int]
-
-    @property
-    def numel(self) -> int:
-        """Elements of all pieces."""
-        return sum(slot.numel for slot in self.slots)
 
 
 class Step:
@@ -130,6 +121,8 @@ class Step:
     def run(self) -> Outcome:
         """Run it: checks first, so that nothing has changed when one of them raises."""
         self._plan.settle_gradients()
+        if self._options.storage is not None:
+            find_cuts(self._plan, self._options.storage)
         matrices = self._matrices()
         slots = [slot for slot in self._plan.slots if updated(slot) and takes_part(slot, self.recipe_of(slot))]
         gradients = [(slot, gradient) for slot in slots if (gradient := slot.flat_gradient()) is not None]
@@ -150,6 +143,8 @@ class Step:
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
         self._run_stages(buckets, None if rehearsed else matrices, scratch)
+        if self._options.storage is not None:
+            drop_joint(self._plan.slots, self.state, self._names_of)
         if not self._options.accumulate:
             finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
         return Outcome.REHEARSED if rehearsed else Outcome.DONE
@@ -158,9 +153,14 @@ class Step:
         """How a slot is updated."""
         return self._kinds[self._kind[slot.index]][0]
 
-    def _state_of(self, slot: Slot) -> tuple[torch.Tensor, ...]:
-        names = names_of(self.recipe_of(slot).state, self._options.write, slot.dtype)
-        return slot.flat_state(self.state[slot.parameter], names, self._options.state_dtype)
+    def _names_of(self, slot: Slot) -> tuple[str, ...]:
+        return names_of(self.recipe_of(slot).state, self._options.write, slot.dtype)
+
+    def _state_of(self, slot: Slot) -> tuple[torch.Tensor | Cell, ...]:
+        names, state, storage = self._names_of(slot), self.state[slot.parameter], self._options.storage
+        if storage is None:
+            return slot.flat_state(state, names, self._options.state_dtype)
+        return kept_state(slot, state, names, storage, (COMPENSATION,))
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
         if self._loss is None and any(
@@ -221,34 +221,55 @@ class Step:
     def _buckets(
         self,
         active: Active,
-        state: dict[Slot, tuple[torch.Tensor, ...]],
+        state: dict[Slot, tuple[torch.Tensor | Cell, ...]],
         scale: dict[torch.device, torch.Tensor],
-    ) -> list[_Bucket]:
-        sorted_slots: dict[Any, list[tuple[Slot, torch.Tensor]]] = {}
+    ) -> list[Bucket]:
+        kinds: dict[Any, list[Member]] = {}
         for slot, gradient in active:
-            key = (self._kind[slot.index], slot.dtype, gradient.dtype, slot.device, *[s.dtype for s in state[slot]])
-            if key in sorted_slots:
-                sorted_slots[key].append((slot, gradient))
+            number = self._kind[slot.index]
+            key = (number, slot.dtype, gradient.dtype, slot.device, *key_of(state[slot]))
+            own = self._apart(slot, self._kinds[number][1], state[slot])
+            member = Member(slot, 0, slot.numel, gradient, own)
+            if key in kinds:
+                kinds[key].append(member)
             else:
-                sorted_slots[key] = [(slot, gradient)]
+                kinds[key] = [member]
         buckets = []
-        for key, members in sorted_slots.items():
+        for key, every in kinds.items():
             recipe, prologue = self._kinds[key[0]]
-            slots = [slot for slot, _ in members]
-            values = [slot.flat_parameter() for slot in slots]
-            batch = Batch(
-                p=values,
-                g=[gradient for _, gradient in members],
-                state=[(*self._bits(slot, prologue), *state[slot]) for slot in slots],
-                scalars=self.scalars_of(slots),
-                prologue=prologue,
-                scale=scale.get(key[3]),
-                cache=self._plan.cache((recipe, prologue, tuple(slot.index for slot in slots))),
-            )
-            if self._options.accumulate:
-                _set_apart(batch)
-            buckets.append(_Bucket(slots, recipe, batch, [self._steps[slot] for slot in slots]))
+            whole = any(recipe.boxed(number) for number in range(len(recipe.stages)))
+            total = sum(member.numel for member in every)
+            flats = {member.slot: self._written(member.slot) for member in every}
+            for members in waves(every, divide=not whole):
+                slots = [member.slot for member in members]
+                places = tuple((member.slot.index, member.start) for member in members)
+                coded = bool(members[0].cells)
+                batch = Batch(
+                    p=[_part(flats[member.slot], member) for member in members],
+                    g=[_part(member.gradient, member) for member in members],
+                    state=[] if coded else [member.state for member in members],  # type: ignore[misc]
+                    scalars=self.scalars_of(slots),
+                    prologue=prologue,
+                    scale=scale.get(key[3]),
+                    cache=self._plan.cache((recipe, prologue, places)),
+                    lasting=not coded,
+                )
+                buckets.append(Bucket(members, recipe, batch, [self._steps[slot] for slot in slots], total))
         return buckets
+
+    def _written(self, slot: Slot) -> torch.Tensor:
+        """What a step writes in a parameter's place: the parameter, or a copy that is thrown away."""
+        values = slot.flat_parameter()
+        return values.clone() if self._options.accumulate else values
+
+    def _apart(self, slot: Slot, prologue: Prologue, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The state of a slot, first what is for its write alone: random bits, or what rounding lost, which is copied
+        where the parameter is."""
+        if prologue.write is Write.STOCHASTIC:
+            return (bits_for(slot, self._steps[slot]), *state)
+        if self._options.accumulate:
+            return (*(each.clone() for each in state[: prologue.aside]), *state[prologue.aside :])
+        return state
 
     def scalars_of(self, slots: Sequence[Slot]) -> Scalars:
         """The scalars of slots that are updated alike; one that does not count now is taken at its first step."""
@@ -259,10 +280,6 @@ class Step:
         assert len({type(h) for h in named}) == 1, "scalars of one recipe must have the same names at every step"
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
         return Scalars(type(named[0]), values, which, slots[0].device)
-
-    def _bits(self, slot: Slot, prologue: Prologue) -> tuple[torch.Tensor, ...]:
-        """What stochastic rounding of a slot takes."""
-        return (bits_for(slot, self._steps[slot]),) if prologue.write is Write.STOCHASTIC else ()
 
     def _matrices(self) -> Matrices | None:
         if all(recipe.whole is None for recipe, _ in self._kinds):
@@ -281,10 +298,10 @@ class Step:
         }
 
     def _run_stages(
-        self, buckets: Sequence[_Bucket], matrices: Matrices | None, scratch: dict[int, tuple[torch.Tensor]]
+        self, buckets: Sequence[Bucket], matrices: Matrices | None, scratch: dict[int, tuple[torch.Tensor]]
     ) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
-        between = Between(self)
+        between, coding = Between(self), self._coding()
         between.give_stored(self._families_of_stored())
         for number in range(max((len(recipe.stages) for recipe, _ in self._kinds), default=0)):
             boundaries = self._boundaries(number)
@@ -293,12 +310,27 @@ class Step:
                 matrices.run({index: memory for index, (memory,) in scratch.items()}, self.state, self._groups)
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
-                    self._run_stage(number, bucket, between, boundaries, tables)
+                    with coding.opened(bucket, bucket.recipe.stages[number].writes_state) if coding else nullcontext():
+                        self._run_stage(number, bucket, between, boundaries, tables)
+            if coding and any(r.stages[number].writes_state for r, _ in self._kinds if number < len(r.stages)):
+                coding.settle()
             for device, boundary in boundaries.items():
                 self._put_loss(boundary, tables[device])
                 boundary.reduce(tables[device])
                 between.settle(number, boundary, tables[device], device)
             self._settle_jointly(number, between)
+
+    def _coding(self) -> Coding | None:
+        storage = self._options.storage
+        if storage is None:
+            return None
+        known = storage
+
+        def coded(slot: Slot) -> list[tuple[str, int]]:
+            forms = [(name, known.of(name, slot)) for name in self.recipe_of(slot).state]
+            return [(name, form.block) for name, form in forms if isinstance(form, Format)]
+
+        return Coding(self._plan, coded, (tuple(self._kind), tuple(self._kinds)), self._options.backends)
 
     def _families_of_stored(self) -> list[Family]:
         """Slots whose first stage is given their vector state, those of one recipe and shape together."""
@@ -357,7 +389,7 @@ class Step:
     def _run_stage(
         self,
         number: int,
-        bucket: _Bucket,
+        bucket: Bucket,
         between: Between,
         boundaries: dict[torch.device, Boundary],
         tables: dict[torch.device, torch.Tensor],
@@ -365,7 +397,7 @@ class Step:
         """Run a stage on a bucket, and enter what it measures into the table."""
         recipe, device = bucket.recipe, bucket.slots[0].device
         stage = recipe.stages[number]
-        backend = choose(self._options.backends, device, bucket.numel)
+        backend = choose(self._options.backends, device, bucket.total)
         if recipe.boxed(number):
             stacks = stacks_of(bucket.batch, bucket.slots)
             given = [between.factors(number, recipe, stack.slots, stack.index, bucket.batch) for stack in stacks]
@@ -381,20 +413,21 @@ class Step:
         if recipe.measures(number):
             counted = self._counts(number, bucket)
             values = counted if result is None else torch.cat([result, counted], 1)
-            tables[device][self._places(number, bucket, boundaries[device])[:, -values.shape[1] :]] = values
+            places = self._places(number, bucket, boundaries[device])[:, -values.shape[1] :]
+            tables[device].index_put_((places,), values, accumulate=bucket.divided)
 
-    def _places(self, number: int, bucket: _Bucket, boundary: Boundary) -> torch.Tensor:
+    def _places(self, number: int, bucket: Bucket, boundary: Boundary) -> torch.Tensor:
         cache, key = bucket.batch.cache, ("places", number, id(boundary))
         if key not in cache:
             cache[key] = boundary.places(bucket.slots, bucket.slots[0].device)
         places: torch.Tensor = cache[key]
         return places
 
-    def _counts(self, number: int, bucket: _Bucket) -> torch.Tensor:
+    def _counts(self, number: int, bucket: Bucket) -> torch.Tensor:
         """``[slots, 1 or 2]``: the elements of each slot's piece and, for members of families, times its step count."""
         cache, device = bucket.batch.cache, bucket.slots[0].device
         if "counts" not in cache:
-            counts = torch.tensor([slot.numel for slot in bucket.slots], dtype=torch.float64, device="cpu")
+            counts = torch.tensor(bucket.numels, dtype=torch.float64, device="cpu")
             cache["counts"] = send(counts.unsqueeze(1), device)
         elements: torch.Tensor = cache["counts"]
         if not isinstance(bucket.recipe.stages[number + 1].given, Vectors):
@@ -404,8 +437,5 @@ class Step:
         return torch.cat([elements, weight * steps], 1)
 
 
-def _set_apart(batch: Batch) -> None:
-    """Have a batch write copies of its parameters and of what their rounding lost."""
-    batch.p = [value.clone() for value in batch.p]
-    aside = batch.prologue.aside
-    batch.state = [(*(each.clone() for each in state[:aside]), *state[aside:]) for state in batch.state]
+def _part(values: torch.Tensor, member: Member) -> torch.Tensor:
+    return values if member.numel == len(values) else values[member.start : member.stop]

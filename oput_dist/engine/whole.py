@@ -12,6 +12,7 @@ import torch.distributed as dist
 from oput_dist.layout import LayoutError, flat
 
 from .agree import gathered, joint_groups
+from .coded import dtype_of, value_of
 from .match import qualified_names
 from .matrices import matrices_of
 from .owned import kept_by
@@ -64,11 +65,10 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
         own = optimizer.state.get(slot.parameter, {})
         state[i] = {}
         for name in _shaped(recipes[i]):
-            if (
-                name in found[i]
-                and (whole := put_together(slot, own.get(name), found[i][name], scratch, keep)) is not None
-            ):
-                state[i][name] = whole
+            if name in found[i]:
+                whole = put_together(slot, value_of(slot, own, name), found[i][name], scratch, keep)
+                if whole is not None:
+                    state[i][name] = whole
         state[i] |= {name: _copy(value) for name, value in _vectors(slot, own, recipes[i]).items()}
         owned = None if matrices is None else matrices.owned(slot)
         if owned is not None:
@@ -91,7 +91,7 @@ def _everywhere(optimizer: Own, plan: Plan, recipes: Sequence[Recipe]) -> tuple[
     found: list[tuple[_Found, float | None]] = []
     for slot, recipe in zip(plan.slots, recipes, strict=True):
         own = optimizer.state.get(slot.parameter, {})
-        dtypes = {name: own[name].dtype for name in _shaped(recipe) if own.get(name) is not None}
+        dtypes = {name: form for name in _shaped(recipe) if (form := dtype_of(slot, own, name)) is not None}
         kept = [name for name in kept_by(recipe.whole, slot) if own.get(slot.key(name)) is not None]
         dtypes |= {name: own[slot.key(name)].dtype for name in kept}
         found.append((dtypes, float(own["step"]) if "step" in own else None))

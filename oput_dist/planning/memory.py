@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from oput_dist.engine.coded import kept_state
 from oput_dist.engine.size import bytes_of
 from oput_dist.engine.slot import Slot, vectors_of
-from oput_dist.engine.writing import names_of
+from oput_dist.engine.writing import COMPENSATION, names_of
 
 from .given import Given
 from .world import World
@@ -61,12 +62,17 @@ def _of(given: Given, world: World, slot: Slot, trained: bool) -> Held:
         return Held(own)
     recipe, options = given.recipe(slot), given.optimizer.options
     state: dict[str, Any] = {"step": torch.empty((), dtype=torch.float32, device="meta")}
-    shaped = slot.flat_state(state, names_of(recipe.state, options.write, slot.dtype), options.state_dtype)
+    names = names_of(recipe.state, options.write, slot.dtype)
+    if options.storage is None:
+        slot.flat_state(state, names, options.state_dtype)
+    else:
+        kept_state(slot, state, names, options.storage, (COMPENSATION,))
+    stored = bytes_of(state) - bytes_of({"step": state["step"]})
     vectors_of(slot, recipe, state)
     scratch = 4 * slot.numel if recipe.whole is not None else 0
     piece, moved = slot.numel * slot.dtype.itemsize, 0
-    lost = slot.numel * slot.dtype.itemsize * (len(shaped) - len(recipe.state))
-    stored = sum(one.numel() * one.element_size() for one in shaped) + scratch - lost
+    lost = slot.numel * slot.dtype.itemsize * (len(names) - len(recipe.state))
+    stored += scratch - lost
     for stage in recipe.stages:
         moved += 2 * piece + lost + stored + (piece + lost) * stage.writes_parameter + stored * stage.writes_state
     return Held(own, own, bytes_of(state), moved)

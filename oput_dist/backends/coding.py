@@ -1,0 +1,111 @@
+"""State in few bits: blocks of numbers to codes and back, in torch operations, compiled, or by Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from oput_dist.kernels.codes import LEAST, PROGRAM, Format, constexprs, decode_blocks, encode_blocks
+from oput_dist.kernels.language import as_torch, fresh_function
+
+from .batch import Backend
+from .transfer import on
+
+__all__ = ["decode", "encode"]
+
+_CHUNK = 2**17
+"""Elements at once in plain torch operations: bounds the temporaries."""
+
+
+def decode(backend: Backend, code: Format, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Write blocks of numbers.
+
+    Args:
+        backend: what runs it.
+        code: the format.
+        codes: uint8, ``[blocks, code.width]``.
+        scales: float32, ``[blocks]``.
+        out: float32, ``[blocks, code.block]``.
+    """
+    if not len(codes):
+        return
+    if backend.name == "triton":
+        grid = (-(-len(codes) // PROGRAM),)
+        with on(codes.device):
+            decode_blocks[grid](codes, scales, out, len(codes), **constexprs(code, encode=False))
+        return
+    body = _decoding(code, backend.name == "compile")
+    for part in _parts(code, len(codes), backend):
+        body(codes[part], scales[part], out[part])
+
+
+def encode(
+    backend: Backend,
+    code: Format,
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    known: bool = False,
+) -> None:
+    """Write codes of blocks of numbers, and the scales, unless these are known: at least the largest magnitude.
+
+    A block with a number that is not finite is NaN from then on. Arguments as of :func:`decode`.
+    """
+    if not len(codes):
+        return
+    if backend.name == "triton":
+        grid = (-(-len(codes) // PROGRAM),)
+        with on(codes.device):
+            encode_blocks[grid](values, codes, scales, len(codes), **constexprs(code, encode=True, known=known))
+        return
+    body = _encoding(code, known, backend.name == "compile")
+    for part in _parts(code, len(codes), backend):
+        body(values[part], codes[part], scales[part])
+
+
+def _parts(code: Format, count: int, backend: Backend) -> list[slice]:
+    step = count if backend.name == "compile" else _CHUNK // code.block
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+@functools.cache
+def _decoding(code: Format, compiled: bool) -> Callable[..., None]:
+    value = as_torch(code.decode)
+
+    def body(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+        scale, half = scales.unsqueeze(1), code.width
+        if code.bits == 8:
+            out.copy_(value(codes.to(torch.float32)) * scale)
+        else:
+            out[:, :half].copy_(value((codes & 15).to(torch.float32)) * scale)
+            out[:, half:].copy_(value((codes >> 4).to(torch.float32)) * scale)
+
+    return _made(body, compiled)
+
+
+@functools.cache
+def _encoding(code: Format, known: bool, compiled: bool) -> Callable[..., None]:
+    to_code = as_torch(code.encode)
+
+    def body(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        if known:
+            scale = scales
+        else:
+            scale = values.abs().amax(1)  # NaN stays
+            scale = torch.where(scale < LEAST, 0.0, torch.where(scale < torch.inf, scale, torch.inf))
+            scales.copy_(scale)
+        inverse = torch.where(scale > 0, 1.0 / torch.where(scale > 0, scale, 1.0), 0.0).unsqueeze(1)
+        if code.bits == 8:
+            codes.copy_(to_code(values * inverse).to(torch.uint8))
+        else:
+            low, high = values[:, : code.width], values[:, code.width :]
+            codes.copy_(to_code(low * inverse).to(torch.uint8) | (to_code(high * inverse).to(torch.uint8) << 4))
+
+    return _made(body, compiled)
+
+
+def _made(body: Callable[..., None], compiled: bool) -> Callable[..., None]:
+    own = fresh_function(body)  # type: ignore[arg-type]
+    return torch.compile(own, dynamic=True, fullgraph=True) if compiled else own

@@ -1,0 +1,165 @@
+"""Buckets: slots that one launch serves. Where state has codes, as much of them as a scratch of bounded size takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import lcm
+from typing import Any
+
+import torch
+
+from oput_dist.backends import Backend, Batch
+
+from .coded import Cell, Part
+from .recipe import Recipe
+from .slot import Slot
+
+__all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "key_of", "waves"]
+
+WAVE = {"cpu": 2**20, "cuda": 2**22}
+"""Elements whose numbers are in memory at once where their state has codes: what stays in caches between two passes."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A range of a slot, with the whole slot's gradient and state: first that which is for the write alone."""
+
+    slot: Slot
+    start: int
+    stop: int
+    gradient: torch.Tensor
+    state: tuple[torch.Tensor | Cell, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the range."""
+        return self.stop - self.start
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The states that have codes."""
+        return [each for each in self.state if isinstance(each, Cell)]
+
+
+@dataclass
+class Bucket:
+    """What one launch serves."""
+
+    members: Sequence[Member]
+    recipe: Recipe
+    batch: Batch
+    """Without state where that has codes, while it is closed."""
+    steps: list[int]
+    total: int
+    """Elements of all buckets that are updated alike: what the backend is chosen by."""
+    slots: list[Slot] = field(init=False)
+    numels: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slots = [member.slot for member in self.members]
+        self.numels = [member.numel for member in self.members]
+
+    @property
+    def coded(self) -> bool:
+        """Whether some of its state has codes."""
+        return bool(self.members[0].cells)
+
+    @property
+    def divided(self) -> bool:
+        """Whether a slot may be in other buckets too."""
+        return any(member.numel < member.slot.numel for member in self.members)
+
+
+class Scratch:
+    """Memory for the numbers of the state of one bucket at a time, as large as the largest."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.device, torch.Tensor] = {}
+
+    def of(self, device: torch.device, size: int) -> torch.Tensor:
+        """At least so many floats: what was there before is lost."""
+        if device not in self._memory or self._memory[device].numel() < size:
+            self._memory.pop(device, None)
+            self._memory[device] = torch.empty(size, dtype=torch.float32, device=device)
+        return self._memory[device]
+
+
+class Open:
+    """A bucket whose state is there as numbers.
+
+    Args:
+        bucket: the bucket; its batch gets the state.
+        scratch: where they are written.
+        backend: what runs it.
+    """
+
+    def __init__(self, bucket: Bucket, scratch: Scratch, backend: Backend) -> None:
+        self._backend, self.parts = backend, list[Part]()
+        sizes = [[_room(cell, member) for cell in member.cells] for member in bucket.members]
+        memory, at = scratch.of(bucket.slots[0].device, sum(sum(each) for each in sizes)), 0
+        state = []
+        for member, rooms in zip(bucket.members, sizes, strict=True):
+            row, room = [], iter(rooms)
+            for each in member.state:
+                if isinstance(each, Cell):
+                    size = next(room)
+                    part = each.open(member.start, member.stop, memory[at : at + size], backend)
+                    at += size
+                    self.parts.append(part)
+                    row.append(part.values)
+                else:
+                    row.append(each[member.start : member.stop])
+            state.append(tuple(row))
+        bucket.batch.state = state
+
+    def close(self) -> None:
+        """Code what is there now."""
+        for part in self.parts:
+            part.cell.close(part, self._backend)
+
+
+def _room(cell: Cell, member: Member) -> int:
+    """Floats that the blocks of a range take; a multiple of 16 bytes, so that each begins as the first does."""
+    return cell.blocks.range(member.start, member.stop).count * cell.code.block
+
+
+def waves(members: Sequence[Member], divide: bool) -> Iterator[list[Member]]:
+    """Members in groups of about :data:`WAVE` elements; all in one where no state has codes.
+
+    Args:
+        members: whole slots.
+        divide: whether a slot may be in several groups.
+    """
+    if not members[0].cells:
+        yield list(members)
+        return
+    most = WAVE.get(members[0].slot.device.type, WAVE["cuda"])
+    group: list[Member] = []
+    for member in members:
+        for part in _divided(member, most) if divide else [member]:
+            if group and sum(each.numel for each in group) + part.numel > most:
+                yield group
+                group = []
+            group.append(part)
+    if group:
+        yield group
+
+
+def _divided(member: Member, most: int) -> Iterator[Member]:
+    """A member in ranges that end where blocks do; whole, where its piece is not consecutive in the parameter."""
+    slot, begins = member.slot, {cell.blocks.begin for cell in member.cells}
+    begin = begins.pop() if len(begins) == 1 else None
+    if begin is None or not slot.in_place or slot.numel <= most:
+        yield member
+        return
+    block, start = lcm(*(cell.code.block for cell in member.cells)), 0
+    while start < member.stop:
+        stop = min(member.stop, (begin + start + most) // block * block - begin)
+        yield Member(slot, start, stop, member.gradient, member.state)
+        start = stop
+
+
+def key_of(state: Sequence[torch.Tensor | Cell]) -> tuple[Any, ...]:
+    """Equal for state that one launch can take."""
+    return tuple((each.dtype, each.code) if isinstance(each, Cell) else each.dtype for each in state)

@@ -1,0 +1,38 @@
+"""State in few bits: no layout changes a bit of an elementwise optimizer, though ranks hold parts of blocks."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conformance import Case, Row, faults
+from tests.pool import Pool
+from tests.test_conformance import BY_NAME, ONE_EACH
+from tests.wrapped import WORLDS, WRAPPED_WORLDS
+
+
+def coded(case: Case, name: str) -> Case:
+    """A case whose state has codes, also that of small parameters."""
+    options = {**case.options, "state_dtype": name, "state_overrides": {"*": name}}
+    return replace(case, name=f"{case.name} {name}", options=options, partly=False)
+
+
+FEW = [BY_NAME[name] for name in ("adamw", "lion", "adan", "lamb")]
+THOROUGH = [("rows", 3), ("zero1", 2), ("grid", 4)]
+
+
+def rows_for(layout: str, n: int) -> list[Row]:
+    """Every optimizer where the others' settings all run too, elsewhere some."""
+    if (layout, n) not in THOROUGH:
+        return list(itertools.product([coded(case, "int8") for case in FEW], [torch.float32], ["foreach"]))
+    cases = [coded(case, "int8") for case in ONE_EACH] + [coded(c, name) for c in FEW for name in ("fp8", "int4")]
+    return list(itertools.product(cases, [torch.float32], ["foreach"]))
+
+
+@pytest.mark.parametrize(("layout", "n"), [*WORLDS, *WRAPPED_WORLDS])
+def test_sharding_changes_nothing(pool: Pool, layout: str, n: int) -> None:
+    found = faults(pool, layout, n, rows_for(layout, n))
+    assert not found, "\n".join(found)
