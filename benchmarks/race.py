@@ -10,23 +10,19 @@ Writes docs/race.md and docs/race.png.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 import oput_dist as oput
-from launch.data import Corpus, read_corpus, sequence_starts, sequences
-from launch.model import GPT
+from benchmarks.training import Run, Size, train
+from launch.data import Corpus, read_corpus
 
 DOCS = Path(__file__).parents[1] / "docs"
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 64, 2, 4, 64, 16
+SIZE = Size(width=64, layers=2, heads=4, context=64, batch=16)
 EVERY = 20  # steps between looks at the held-out text
 RACERS: dict[str, tuple[float, dict[str, Any]]] = {  # the rate in the middle of the trials, and settings that stay
     "AdamW": (2e-3, {"betas": (0.9, 0.95), "weight_decay": 0.1}),
@@ -36,55 +32,9 @@ RACERS: dict[str, tuple[float, dict[str, Any]]] = {  # the rate in the middle of
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """Held-out losses of one run, with the steps and seconds of training until each."""
-
-    steps: list[int]
-    losses: list[float]
-    seconds: list[float]
-
-
 def run(name: str, lr: float, seed: int, steps: int, corpus: Corpus) -> Run:
-    """Train once; the model, the batches and their order follow from the seed alone."""
-    torch.manual_seed(seed)
-    model = GPT(WIDTH, LAYERS, HEADS, CONTEXT)
-    optimizer = oput.create(name, model, lr=lr, **RACERS[name][1])
-    warmup = steps // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(i - warmup, 0) / (steps - warmup))),
-    )
-    found = Run([0], [held_out(model, corpus)], [0.0])
-    spent = 0.0
-    for step in range(steps):
-        start = time.process_time()
-        inputs, targets = batch(corpus.train, seed, step)
-        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        spent += time.process_time() - start
-        if (step + 1) % EVERY == 0:
-            found.steps.append(step + 1)
-            found.losses.append(held_out(model, corpus))
-            found.seconds.append(spent)
-    return found
-
-
-def batch(text: torch.Tensor, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    starts = sequence_starts(len(text), CONTEXT, BATCH, seed, step)
-    return sequences(text, starts, CONTEXT, torch.device("cpu"))
-
-
-@torch.no_grad()
-def held_out(model: GPT, corpus: Corpus) -> float:
-    """The mean loss of 8 fixed batches of the held-out text."""
-    losses = []
-    for number in range(8):
-        inputs, targets = batch(corpus.held_out, 12345, number)
-        losses.append(F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item())
-    return statistics.mean(losses)
+    """Train once."""
+    return train(SIZE, lambda model: oput.create(name, model, lr=lr, **RACERS[name][1]), seed, steps, corpus, EVERY)
 
 
 def trials(name: str, count: int, steps: int, corpus: Corpus) -> dict[float, float]:
@@ -129,10 +79,11 @@ def page(tried: dict[str, dict[float, float]], runs: dict[str, list[Run]], goal:
     lines = [
         "# A race: steps to AdamW's final loss",
         "",
-        f"A GPT of {LAYERS} layers, {WIDTH} wide, over bytes of Python's standard library, {BATCH} sequences of",
-        f"{CONTEXT} a step, {options.steps} steps. Each optimizer had {options.trials} trials of its learning rate",
-        f"with one seed, a factor of 2 apart; the best ran with {options.seeds} other seeds. Losses are of held-out",
-        "text, seconds those of one core, evaluation left out. A small model and a short run on purpose: the command",
+        f"A GPT of {SIZE.layers} layers, {SIZE.width} wide, over bytes of Python's standard library, {SIZE.batch}",
+        f"sequences of {SIZE.context} a step, {options.steps} steps. Each optimizer had {options.trials} trials of",
+        f"its learning rate with one seed, a factor of 2 apart; the best ran with {options.seeds} other seeds.",
+        "Losses are of held-out text, seconds those of one core, evaluation left out. A small model and a short run on",
+        "purpose: the command",
         "below repeats it in minutes, and nothing follows from it for large ones.",
         "",
         "![Loss against steps and against seconds](race.png)",
@@ -162,7 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    corpus = read_corpus(None, CONTEXT)
+    corpus = read_corpus(None, SIZE.context)
     tried, runs = {}, {}
     for name in RACERS:
         tried[name] = trials(name, options.trials, options.steps, corpus)

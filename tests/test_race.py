@@ -9,7 +9,7 @@ from launch.data import read_corpus
 
 
 def test_a_short_race_is_written_down() -> None:
-    corpus = read_corpus(None, race.CONTEXT)
+    corpus = read_corpus(None, race.SIZE.context)
     first, again = (race.run("SOAP", 3e-3, 1, 40, corpus) for _ in range(2))
     assert first.losses == again.losses  # everything follows from the seed
     assert first.losses[-1] < first.losses[0] - 0.5
