@@ -12,13 +12,29 @@ import torch
 from oput_dist.backends import Backend, Batch
 
 from .coded import Cell, Part
+from .noise import bits_for, bits_in
 from .recipe import Recipe
 from .slot import Slot
 
-__all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "key_of", "waves"]
+__all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "Tossed", "key_of", "waves"]
 
 WAVE = {"cpu": 2**20, "cuda": 2**22}
 """Elements whose numbers are in memory at once where their state has codes: what stays in caches between two passes."""
+
+
+@dataclass(frozen=True)
+class Tossed:
+    """The random bits that a slot is rounded by at a step: drawn when they are needed, 2 bytes an element."""
+
+    slot: Slot
+    step: int
+    dtype = torch.int16
+
+    def of(self, start: int, stop: int, begin: int | None) -> torch.Tensor:
+        """Those of a range of the piece, which begins at ``begin`` in the whole if it is consecutive there."""
+        if begin is None or not self.slot.in_place:
+            return bits_for(self.slot, self.step)[start:stop]
+        return bits_in(self.slot, self.step, begin + start, stop - start)
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Member:
     start: int
     stop: int
     gradient: torch.Tensor
-    state: tuple[torch.Tensor | Cell, ...]
+    state: tuple[torch.Tensor | Cell | Tossed, ...]
 
     @property
     def numel(self) -> int:
@@ -108,6 +124,8 @@ class Open:
                     at += size
                     self.parts.append(part)
                     row.append(part.values)
+                elif isinstance(each, Tossed):
+                    row.append(each.of(member.start, member.stop, member.cells[0].blocks.begin))
                 else:
                     row.append(each[member.start : member.stop])
             state.append(tuple(row))
@@ -160,6 +178,6 @@ def _divided(member: Member, most: int) -> Iterator[Member]:
         start = stop
 
 
-def key_of(state: Sequence[torch.Tensor | Cell]) -> tuple[Any, ...]:
+def key_of(state: Sequence[torch.Tensor | Cell | Tossed]) -> tuple[Any, ...]:
     """Equal for state that one launch can take."""
     return tuple((each.dtype, each.code) if isinstance(each, Cell) else each.dtype for each in state)

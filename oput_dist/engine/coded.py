@@ -13,8 +13,10 @@ from oput_dist.kernels.codes import Format
 from oput_dist.layout import LayoutError, flat
 
 from .blocks import Range, blocks_of
+from .options import Options
 from .slot import Slot
-from .storage import Storage
+from .storage import codable
+from .writing import COMPENSATION
 
 __all__ = [
     "Cell",
@@ -26,6 +28,7 @@ __all__ = [
     "drop_joint",
     "dtype_of",
     "kept_state",
+    "numbers_of",
     "value_of",
     "with_tensors",
 ]
@@ -175,24 +178,23 @@ def _numbers(slot: Slot, value: torch.Tensor) -> torch.Tensor:
     return flat(piece.to(slot.device), slot.strides)
 
 
-def kept_state(
-    slot: Slot, state: State, names: Sequence[str], storage: Storage, always: Sequence[str]
-) -> tuple[torch.Tensor | Cell, ...]:
+def kept_state(slot: Slot, state: State, names: tuple[str, ...], options: Options) -> tuple[torch.Tensor | Cell, ...]:
     """This rank's pieces of the state, made where they are missing: flat tensors, or cells of what has codes.
 
     Args:
         slot: the slot.
         state: of its parameter.
-        names: of the state, in order.
-        storage: in what form it is kept.
-        always: names that are in the parameter's own dtype whatever ``storage`` says.
+        names: of the state, in order; what rounding lost is in the parameter's own dtype whatever the options say.
+        options: in what form it is kept.
     """
+    if options.storage is None:
+        return slot.flat_state(state, names, options.state_dtype)
     found: list[torch.Tensor | Cell] = []
     for name in names:
-        form = None if name in always else storage.of(name, slot)
+        form = None if name == COMPENSATION else options.storage.of(name, slot)
         if isinstance(form, Format):
             found.append(Cell(slot, name, form, state))
-        elif slot.shared:
+        elif slot.shared and name != COMPENSATION and codable(name) is not None:
             found.append(_own_piece(slot, state, name, form))
         else:
             if isinstance(state.get(name), Coded):
@@ -247,6 +249,13 @@ def value_of(slot: Slot, state: Mapping[str, Any], name: str) -> torch.Tensor | 
     """A state in the shape of the parameter, as :meth:`Layout.piece_of_state` takes it; None if there is none."""
     value = _found(slot, state, name)
     return decoded(slot, value).as_strided(slot.piece.shape, slot.strides) if isinstance(value, Coded) else value
+
+
+def numbers_of(slot: Slot, state: Mapping[str, Any], name: str) -> torch.Tensor:
+    """This rank's piece of a state that is there, flat: itself, or what its codes stand for."""
+    value = value_of(slot, state, name)
+    assert value is not None
+    return flat(slot.layout.piece_of_state(value), slot.strides)
 
 
 def dtype_of(slot: Slot, state: Mapping[str, Any], name: str) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from oput_dist.layout import Box, LayoutError
 from .mixing import key_of
 from .slot import Slot
 
-__all__ = ["bits_for"]
+__all__ = ["bits_for", "bits_in"]
 
 _CHUNK = {"cpu": 2**16, "cuda": 2**24}
 """Elements at once: what stays in a core's cache, and what keeps a GPU busy."""
@@ -27,10 +27,7 @@ def bits_for(slot: Slot, step: int) -> torch.Tensor:
     Raises:
         LayoutError: where it is not known which elements of the whole the piece has.
     """
-    if slot.layout.why_no_sums is not None:
-        raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
-    key = key_of("stochastic rounding", slot.name, step)
-    first, second = (key >> 32), (key & (2**32 - 1)) - 2**31  # of 32 bits, with signs
+    first, second = _keys(slot, step)
     out = torch.empty(slot.numel, dtype=torch.int16, device=slot.device)
     chunk = _CHUNK.get(slot.device.type, 2**20)
     for box, view in zip(slot.boxes, slot.views(out), strict=True):
@@ -45,6 +42,25 @@ def bits_for(slot: Slot, step: int) -> torch.Tensor:
                 index = index + place
             view[start : start + rows] = _hashed(index, first, second)
     return out
+
+
+def bits_in(slot: Slot, step: int, begin: int, numel: int) -> torch.Tensor:
+    """The same bits for consecutive elements of the whole parameter, ``begin`` and those that follow, row-major."""
+    first, second = _keys(slot, step)
+    out = torch.empty(numel, dtype=torch.int16, device=slot.device)
+    chunk = _CHUNK.get(slot.device.type, 2**20)
+    for start in range(0, numel, chunk):
+        stop = min(start + chunk, numel)
+        out[start:stop] = _hashed(torch.arange(begin + start, begin + stop, device=slot.device).int(), first, second)
+    return out
+
+
+def _keys(slot: Slot, step: int) -> tuple[int, int]:
+    """Of a parameter at a step: 32 bits each, with signs."""
+    if slot.layout.why_no_sums is not None:
+        raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
+    key = key_of("stochastic rounding", slot.name, step)
+    return key >> 32, (key & (2**32 - 1)) - 2**31
 
 
 def _places(box: Box, shape: torch.Size, device: torch.device) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from .recipe import Group, Recipe, Shape
 from .rewrite import rewrite
 from .saved import FORMAT, FORMAT_KEY, completed
 from .step import Outcome, Spread, Step
+from .storage import check_storage
 
 if TYPE_CHECKING:
     from .release import Release
@@ -108,6 +109,10 @@ class Optimizer(torch.optim.Optimizer):
             params = [(clean_name(name), parameter) for name, parameter in params.named_parameters()]
         super().__init__(params, every)
         check_rounded(owner, self._options, (p for group in self.param_groups for p in group["params"]))
+        if self._options.storage is not None and not any(
+            is_flattened(p) for g in self.param_groups for p in g["params"]
+        ):
+            check_storage(owner, self._options.storage, self._state_names())
 
     @abstractmethod
     def recipe(self, group: Group, shape: Shape) -> Recipe:
@@ -292,6 +297,11 @@ class Optimizer(torch.optim.Optimizer):
         if self._model is not None:
             self._model.reshard()
         rewrite(self._current_plan(), self.state, self._options.backends, stage, names, scalars)
+
+    def _state_names(self) -> set[str]:
+        """Of state in the shape of parameters; empty ones, which ranks may hold, tell nothing."""
+        shapes = {(i, p.shape) for i, group in enumerate(self.param_groups) for p in group["params"]}
+        return {name for i, shape in shapes for name in self.recipe(self.param_groups[i], shape).state}
 
     def _spread(self) -> Spread:
         model, data = self._model_group, self._data_group

@@ -157,10 +157,6 @@ class Slot:
 
     def lost(self, state: MutableMapping[str, Any]) -> torch.Tensor | None:
         """What rounding this rank's piece of the parameter lost, 1-d, where that is kept."""
-        own = state.get(self.key(COMPENSATION)) if self.shared else None
-        if own is not None:
-            assert isinstance(own, torch.Tensor)
-            return own
         return None if state.get(COMPENSATION) is None else self._flat_state(state, COMPENSATION, None)
 
     def _flat_state(self, state: MutableMapping[str, Any], name: str, dtype: torch.dtype | None) -> torch.Tensor:

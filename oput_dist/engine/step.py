@@ -12,26 +12,24 @@ import torch
 import torch.distributed as dist
 
 from oput_dist.backends import Batch, Scalars, choose, compute_dtype, send
-from oput_dist.collectives import Schedule
 from oput_dist.kernels.codes import Format
 from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors, Write
 
 from .between import Between
-from .buckets import Bucket, Member, key_of, waves
+from .buckets import Bucket, Member, Tossed, key_of, waves
 from .coded import Cell, drop_joint, kept_state
 from .coding import Coding
 from .cuts import find_cuts
 from .finish import finish, updated
 from .matrices import Matrices, matrices_of, takes_part
-from .noise import bits_for
-from .norm import clip_factor, power_table
 from .options import Options
 from .plan import Plan, check_sums
 from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
+from .scaling import gradient_scale, norm_tables
 from .slot import Slot, vectors_of
 from .stacks import stacks_of
 from .sums import Boundary, Family
-from .writing import COMPENSATION, names_of, write_of
+from .writing import names_of, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
 
@@ -134,7 +132,7 @@ class Step:
             choose(self._options.backends, device, 0)
         active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
         self._check_loss(present)
-        scale = self._scale(active)
+        scale = gradient_scale(self._plan, active, self._options, self._spread.model, self._unscale)
         if scale is None:
             return Outcome.SKIPPED
         scratch = {} if matrices is None else self._scratch()
@@ -157,10 +155,7 @@ class Step:
         return names_of(self.recipe_of(slot).state, self._options.write, slot.dtype)
 
     def _state_of(self, slot: Slot) -> tuple[torch.Tensor | Cell, ...]:
-        names, state, storage = self._names_of(slot), self.state[slot.parameter], self._options.storage
-        if storage is None:
-            return slot.flat_state(state, names, self._options.state_dtype)
-        return kept_state(slot, state, names, storage, (COMPENSATION,))
+        return kept_state(slot, self.state[slot.parameter], self._names_of(slot), self._options)
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
         if self._loss is None and any(
@@ -184,39 +179,8 @@ class Step:
                 self.state[slot.parameter]["step"] = self._plan.counter(slot)
         if matrices is not None:
             matrices.create([slot for slot in self._plan.slots if slot.parameter.grad is not None], self.state)
-        tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
+        tables = norm_tables(self._plan, [(s, gradient) for s, gradient in gradients if s.numel], self._options)
         return not any(bool((table != 0).any()) for table in tables.values())
-
-    def _norm_tables(self, active: Active) -> dict[torch.device, torch.Tensor]:
-        """The squared norm of every parameter's gradient, on each device."""
-        memo, tables = self._plan.memo, {}
-        for device in self._plan.devices:
-            key = ("norm", device)
-            if key not in memo:
-                slots = self._plan.slots
-                memo[key] = Schedule.of([(slot.layout.groups if slot.device == device else (), 1) for slot in slots])
-            pieces = {slot.index: gradient for slot, gradient in active}
-            tables[device] = power_table(pieces, memo[key], device, 2.0, self._options.backends)
-        return tables
-
-    def _scale(self, active: Active) -> dict[torch.device, torch.Tensor] | None:
-        """What multiplies every gradient, on each device, where that is not 1; None to skip the step on all ranks."""
-        options, factor = self._options, self._unscale
-        if options.max_grad_norm is not None or options.skip_nonfinite:
-            tables = self._norm_tables(active)
-            home = next(iter(tables), torch.device("cpu"))
-            sums = [table.sum().to(home, non_blocking=True) for table in tables.values()]
-            total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
-            for group in self._spread.model:
-                dist.all_reduce(total, group=group)
-            if options.skip_nonfinite and not bool(torch.isfinite(total)):
-                return None
-            if options.max_grad_norm is not None:
-                unscale = 1.0 if factor is None else factor.to(home, torch.float64)
-                factor = clip_factor(total.sqrt() * unscale, options.max_grad_norm) * unscale
-        if factor is None:
-            return {}
-        return {d: factor.to(d, torch.float64, non_blocking=True).reshape(1) for d in self._plan.devices}
 
     def _buckets(
         self,
@@ -266,7 +230,8 @@ class Step:
         """The state of a slot, first what is for its write alone: random bits, or what rounding lost, which is copied
         where the parameter is."""
         if prologue.write is Write.STOCHASTIC:
-            return (bits_for(slot, self._steps[slot]), *state)
+            tossed = Tossed(slot, self._steps[slot])
+            return (tossed if any(isinstance(each, Cell) for each in state) else tossed.of(0, slot.numel, None), *state)
         if self._options.accumulate:
             return (*(each.clone() for each in state[: prologue.aside]), *state[prologue.aside :])
         return state

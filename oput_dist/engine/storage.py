@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,7 @@ from oput_dist.kernels.codes import FORMATS, Format, format_of
 from .hyper import nearest
 from .slot import Slot
 
-__all__ = ["SMALL_STATE", "Kind", "Storage", "codable", "storage_of"]
+__all__ = ["SMALL_STATE", "Kind", "Storage", "check_storage", "codable", "storage_of"]
 
 Kind = torch.dtype | str | None
 """A dtype, the name of a :class:`Format`, or None for the parameter's own dtype."""
@@ -113,6 +113,31 @@ def storage_of(owner: str, given: Any, overrides: Any) -> torch.dtype | Storage 
         assert not isinstance(overall, str)
         return overall
     return Storage(overall, named, chosen)
+
+
+def check_storage(owner: str, storage: Storage | None, names: Collection[str]) -> None:
+    """Raise ValueError for state that an optimizer does not keep, or codes where it keeps none that can have them.
+
+    Args:
+        owner: what messages call it.
+        storage: the form of its state.
+        names: of its state.
+    """
+    if storage is None:
+        return
+    for name, _ in storage.named:
+        if name not in names:
+            known = ", ".join(map(repr, sorted(names))) or "none in the shape of a parameter"
+            raise ValueError(
+                f"{owner}: state_dtype names {name!r}, but the state of this optimizer is {known}{nearest(name, names)}"
+            )
+    kinds = [kind for kind in (storage.overall, *(kind for _, kind in storage.overrides)) if isinstance(kind, str)]
+    if kinds and all(codable(name) is None for name in names):
+        known = ", ".join(map(repr, sorted(names))) or "none in the shape of a parameter"
+        raise ValueError(
+            f"{owner}: state_dtype={kinds[0]!r}, but no state of this optimizer can be coded, which moving averages "
+            f"can: it is {known}; leave state_dtype out, or give a dtype such as 'bf16'"
+        )
 
 
 def _kind(owner: str, what: str, given: Any) -> Kind:

@@ -12,6 +12,7 @@ from oput_dist.curvature import Context, EmpiricalFisher, Estimator, GaussNewton
 from oput_dist.curvature.context import check_averaged, data_groups, undisturbed
 from oput_dist.curvature.fold import cut, fold, spatial_means
 from oput_dist.engine import Common, Group, Optimizer, Params
+from oput_dist.engine.coded import kept_state
 from oput_dist.engine.hyper import nearest
 from oput_dist.engine.match import qualified_names
 from oput_dist.engine.plan import Plan
@@ -146,7 +147,7 @@ class Curved(Optimizer):
         for slot in plan.slots:
             if slot.index in estimates:
                 names = self.recipe(self.param_groups[slot.group], slot.layout.shape).state
-                slot.flat_state(self.state[slot.parameter], names, self._options.state_dtype)
+                kept_state(slot, self.state[slot.parameter], names, self._options)
                 self.state[slot.parameter].setdefault("step", plan.counter(slot))
         weights = {i: self.weight(group) for i, group in enumerate(self.param_groups)}
         fold(plan, self.state, self.curvature, estimates, weights, self._options.backends)

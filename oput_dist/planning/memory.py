@@ -11,7 +11,7 @@ import torch
 from oput_dist.engine.coded import kept_state
 from oput_dist.engine.size import bytes_of
 from oput_dist.engine.slot import Slot, vectors_of
-from oput_dist.engine.writing import COMPENSATION, names_of
+from oput_dist.engine.writing import names_of
 
 from .given import Given
 from .world import World
@@ -63,10 +63,7 @@ def _of(given: Given, world: World, slot: Slot, trained: bool) -> Held:
     recipe, options = given.recipe(slot), given.optimizer.options
     state: dict[str, Any] = {"step": torch.empty((), dtype=torch.float32, device="meta")}
     names = names_of(recipe.state, options.write, slot.dtype)
-    if options.storage is None:
-        slot.flat_state(state, names, options.state_dtype)
-    else:
-        kept_state(slot, state, names, options.storage, (COMPENSATION,))
+    kept_state(slot, state, names, options)
     stored = bytes_of(state) - bytes_of({"step": state["step"]})
     vectors_of(slot, recipe, state)
     scratch = 4 * slot.numel if recipe.whole is not None else 0

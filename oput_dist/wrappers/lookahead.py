@@ -250,6 +250,12 @@ def momenta_of(optimizer: torch.optim.Optimizer, asked: str) -> tuple[str, ...]:
             f"Lookahead: inner_state={asked!r} is for one momentum, but AdaGraft has two optimizers: "
             "Lookahead(AdaGraft(...)), which keeps them"
         )
+    origin: Any = optimizer.origin if isinstance(optimizer, Wrapper) else optimizer
+    if getattr(getattr(origin, "options", None), "storage", None) is not None:
+        raise ValueError(
+            f"Lookahead: inner_state={asked!r} changes momentum as it is kept, and state_dtype= or state_overrides= "
+            f"of {type(origin).__name__} keep it in forms of their own: give inner_state='keep', or one dtype"
+        )
     names = recipe_names(optimizer)
     if names is None:
         groups = optimizer.param_groups
@@ -257,7 +263,6 @@ def momenta_of(optimizer: torch.optim.Optimizer, asked: str) -> tuple[str, ...]:
         names |= {"momentum_buffer" for group in groups if group.get("momentum")}
     found = tuple(sorted(name for name in names if name.startswith(("momentum_buffer", "exp_avg")) and _first(name)))
     if not found:
-        origin = optimizer.origin if isinstance(optimizer, Wrapper) else optimizer
         raise ValueError(
             f"Lookahead: inner_state={asked!r} is for optimizers with momentum, and {type(origin).__name__} here keeps "
             "none: give inner_state='keep', or the inner optimizer a momentum"
