@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from oput_dist.backends import interpreting
+from oput_dist.kernels.codes import FORMATS
 from oput_dist.kernels.symmetric import SUPPORTED
 from oput_dist.matrix.orthogonal import polar_express
 
-from . import checks, cuda_checks, machine_code, matrices, matrix_checks
+from . import checks, coding_checks, cuda_checks, machine_code, matrices, matrix_checks
 from .checks import Result, Setup
 from .peers import candidates
 from .report import machine, plain_table, timing_table, write
@@ -89,6 +90,21 @@ def sections(device: torch.device) -> list[Section]:
         )
     )
     found.append(("matrices", 45.0, matrix_jobs(device)))
+    coded: list[Job] = [
+        (
+            f"{code.name}, {'signed' if code.signed else 'never negative'}",
+            coding_checks.codes,
+            (i, fp32, count, not cuda),
+        )
+        for count in (100_001 if cuda else 37,)
+        for i, code in enumerate(FORMATS)
+    ]
+    coded += [
+        (f"{name}, state in {state}", coding_checks.coded_steps, (name, state, fp32, not cuda and name == "adamw"))
+        for name in ("adamw", "lamb")
+        for state in ("int8", "fp8", "int4")
+    ]
+    found.append(("coded state", 30.0, coded))
     if cuda:
         host: list[Job] = [(f"no waiting: {v.name}", cuda_checks.no_synchronization, (v, fp32)) for v in plain]
         host += [(f"schedule: {v.name}", cuda_checks.schedule_compiles_nothing, (v, fp32)) for v in few]

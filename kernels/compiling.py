@@ -13,12 +13,14 @@ import torch
 
 from .boxed import TILES, boxed_constexprs
 from .boxed import boxed as boxes
+from .codes import Format, decode_blocks, encode_blocks
+from .codes import constexprs as code_constexprs
 from .grouped import constexprs, grouped, num_warps
 from .stage import Prologue, Stage
 from .symmetric import constexprs as symmetric_constexprs
 from .symmetric import launch_of, symmetric
 
-__all__ = ["TARGETS", "Report", "compile_stage", "compile_symmetric"]
+__all__ = ["TARGETS", "Report", "compile_code", "compile_stage", "compile_symmetric"]
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -96,6 +98,21 @@ def compile_symmetric(target: str, dtype: torch.dtype, transposed: bool) -> Repo
     source = ASTSource(fn=symmetric, signature=signature, constexprs=fixed, attrs=attrs)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     return _report(target, triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options))
+
+
+def compile_code(target: str, code: Format, encode: bool) -> Report:
+    """Compile what codes blocks, or what decodes them, for a target of :data:`TARGETS`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, fixed = (encode_blocks if encode else decode_blocks), code_constexprs(code, encode)
+    kinds = {"codes": "*u8", "scales": "*fp32", "values": "*fp32", "out": "*fp32", "count": "i32"}
+    signature = {name: "constexpr" if name in fixed else kinds[name] for name in kernel.arg_names}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind[0] == "*"]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attrs)
+    return _report(target, triton.compile(source, target=GPUTarget(*TARGETS[target])))
 
 
 def _report(target: str, compiled: Any) -> Report:

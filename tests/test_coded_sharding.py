@@ -28,7 +28,9 @@ def rows_for(layout: str, n: int) -> list[Row]:
     """Every optimizer where the others' settings all run too, elsewhere some."""
     if (layout, n) not in THOROUGH:
         return list(itertools.product([coded(case, "int8") for case in FEW], [torch.float32], ["foreach"]))
-    cases = [coded(case, "int8") for case in ONE_EACH if type(case) is Case] + [coded(c, name) for c in FEW for name in ("fp8", "int4")]
+    cases = [coded(case, "int8") for case in ONE_EACH if type(case) is Case] + [
+        coded(c, name) for c in FEW for name in ("fp8", "int4")
+    ]
     return list(itertools.product(cases, [torch.float32], ["foreach"]))
 
 
