@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import oput_dist as oput
 from benchmarks import plan as page
 from oput_dist.collectives import gather as gather_module
-from oput_dist.collectives import owners as owners_module
+from oput_dist.collectives import ranks as ranks_module
 from oput_dist.collectives.balance import assigned, least_load
 from oput_dist.collectives.nearness import nearest
 from tests.layouts import Weights
@@ -50,7 +50,7 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        all_reduce, all_to_all, all_gather = dist.all_reduce, owners_module._all_to_all, gather_module._all_gather
+        all_reduce, all_to_all, all_gather = dist.all_reduce, ranks_module._all_to_all, gather_module._all_gather
         ranks, rank = dist.get_world_size, dist.get_rank()
 
         def reduced(tensor: Tensor, *more: Any, group: Any = None, **others: Any) -> Any:
@@ -68,7 +68,7 @@ class Counted:
             return all_gather(output, own, group=group, **more)
 
         patch.setattr(dist, "all_reduce", reduced)
-        patch.setattr(owners_module, "_all_to_all", exchanged)
+        patch.setattr(ranks_module, "_all_to_all", exchanged)
         patch.setattr(gather_module, "_all_gather", gathered)
 
     def _count(self, kind: str, sent: float) -> None:

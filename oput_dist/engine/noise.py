@@ -29,7 +29,8 @@ def bits_for(slot: Slot, step: int) -> torch.Tensor:
     """
     if slot.layout.why_no_sums is not None:
         raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
-    key = key_of("stochastic rounding", slot.name, step)
+    name = slot.name.replace("'module.", "'").replace(".module.", ".")  # as DDP calls it
+    key = key_of("stochastic rounding", name, step)
     first, second = (key >> 32), (key & (2**32 - 1)) - 2**31  # of 32 bits, with signs
     out = torch.empty(slot.numel, dtype=torch.int16, device=slot.device)
     chunk = _CHUNK.get(slot.device.type, 2**20)

@@ -141,7 +141,7 @@ class Step:
             choose(self._options.backends, device, 0)
         active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
         self._check_loss(present)
-        scale = self._scale(active)
+        scale = self._scale(active, matrices)
         if scale is None:
             return Outcome.SKIPPED
         scratch = {} if matrices is None else self._scratch()
@@ -185,7 +185,8 @@ class Step:
         if matrices is not None:
             matrices.create([slot for slot in self._plan.slots if slot.parameter.grad is not None], self.state)
         tables = self._norm_tables([(slot, gradient) for slot, gradient in gradients if slot.numel])
-        return not any(bool((table != 0).any()) for table in tables.values())
+        moving = any(bool((table != 0).any()) for table in tables.values())
+        return not (moving if matrices is None else matrices.anywhere(moving))
 
     def _norm_tables(self, active: Active) -> dict[torch.device, torch.Tensor]:
         """The squared norm of every parameter's gradient, on each device."""
@@ -199,7 +200,7 @@ class Step:
             tables[device] = power_table(pieces, memo[key], device, 2.0, self._options.backends)
         return tables
 
-    def _scale(self, active: Active) -> dict[torch.device, torch.Tensor] | None:
+    def _scale(self, active: Active, matrices: Matrices | None) -> dict[torch.device, torch.Tensor] | None:
         """What multiplies every gradient, on each device, where that is not 1; None to skip the step on all ranks."""
         options, factor = self._options, self._unscale
         if options.max_grad_norm is not None or options.skip_nonfinite:
@@ -209,8 +210,10 @@ class Step:
             total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
             for group in self._spread.model:
                 dist.all_reduce(total, group=group)
-            if options.skip_nonfinite and not bool(torch.isfinite(total)):
-                return None
+            if options.skip_nonfinite:
+                spoiled = not bool(torch.isfinite(total))
+                if spoiled if matrices is None else matrices.anywhere(spoiled):
+                    return None
             if options.max_grad_norm is not None:
                 unscale = 1.0 if factor is None else factor.to(home, torch.float64)
                 factor = clip_factor(total.sqrt() * unscale, options.max_grad_norm) * unscale
