@@ -154,8 +154,8 @@ class Matrices:
             for key, (ranks, slots, blocks) in families.items()
         ]
         layouts = [slot.layout for _, slots, _ in families.values() for slot in slots]
-        replicas = [group for one in layouts for group in (*one.partial_groups, *one.replica_groups)]
-        self._replicas = list({tuple(dist.get_process_group_ranks(group)): group for group in replicas}.values())
+        replicas = [(group, one.device) for one in layouts for group in (*one.partial_groups, *one.replica_groups)]
+        self._replicas = list({_name([pair[0]]): pair for pair in replicas}.values())
 
     def owned(self, slot: Slot) -> Owned | None:
         """The state that owners keep of a slot's blocks; None where it has no such work."""
@@ -166,8 +166,8 @@ class Matrices:
 
         Ranks that hold other pieces agree by the sums that they take.
         """
-        for group in self._replicas:
-            flag = torch.tensor(here, dtype=torch.int32, device=group._device_types[0])
+        for group, device in self._replicas:
+            flag = torch.tensor(here, dtype=torch.int32, device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
             here = bool(flag)
         return here
