@@ -1,4 +1,4 @@
-"""What optimizers of whole matrices do on a rank: matrices that it works on, bytes that it sends, state that it owns."""
+"""What optimizers of whole matrices do on a rank: what it works on, the bytes that it sends, the state that it owns."""
 
 from __future__ import annotations
 

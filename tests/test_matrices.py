@@ -15,6 +15,8 @@ import oput_dist as oput
 from oput_dist.collectives import owners as owners_module
 from oput_dist.collectives import ranks as ranks_module
 from oput_dist.collectives.balance import assigned
+from oput_dist.collectives.routes import senders, share_of
+from oput_dist.layout import Box
 from oput_dist.matrix.orthogonal import Orthogonalize, orthogonalized, polar_express
 from oput_dist.optimizers.routing import is_hidden_matrix
 from tests.pool import Pool
@@ -38,6 +40,14 @@ def test_the_dearest_first_to_the_rank_with_least_to_do() -> None:
     for cost, owner in zip(costs, assigned(costs, 8), strict=True):
         loads[owner] += cost
     assert max(loads) < 1.05 * sum(loads) / 8
+
+
+def test_the_pieces_of_a_replica_go_to_the_owners_in_it() -> None:
+    """Two replicas of two shards; a matrix that all hold; and one that the owner holds nothing of."""
+    upper, lower = (share_of([Box(0, (2, 3), (slice(at, at + 2), slice(0, 3)), (3, 1))]) for at in (0, 2))
+    assert [senders([upper, lower, upper, lower], owner) for owner in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [senders([upper] * 3, owner) for owner in range(3)] == [[0], [1], [2]]
+    assert senders([upper, upper, share_of([]), share_of([])], 3) == [1]
 
 
 def worked_on_rank() -> tuple[int, int, list[Tensor]]:
