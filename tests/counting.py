@@ -76,3 +76,14 @@ def owned_bytes(optimizer: torch.optim.Optimizer) -> int:
         for p in group["params"] if group["matrix"] else ():
             found += sum(v.nbytes for name, v in optimizer.state[p].items() if name != "step" and p.shape != v.shape)
     return found
+
+
+def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """To rounding; eigenvectors may come with either sign."""
+    assert found["state"].keys() == wanted["state"].keys()
+    for key, entry in wanted["state"].items():
+        assert found["state"][key].keys() == entry.keys()
+        for name, value in entry.items():
+            there = found["state"][key][name]
+            assert (there.shape, there.dtype) == (value.shape, value.dtype), name
+            assert torch.allclose(there.abs(), value.abs(), rtol=1e-6, atol=1e-9), name

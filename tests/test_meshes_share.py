@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import oput_dist as oput
-from tests.counting import NAMES, OPTIONS, owned_bytes, sent, worked
+from tests.counting import NAMES, OPTIONS, assert_same_state, owned_bytes, sent, worked
 from tests.parity import pull
 from tests.pool import Pool
 
@@ -39,16 +39,18 @@ def pulled(name: str, mesh: DeviceMesh | None, seed: int = 0) -> dict[str, Any]:
 
     params = [nn.Parameter(held(i, value)) for i, value in enumerate(values)]
     made = [oput.create(name, params, **OPTIONS[name]) for _ in range(2)]
+    whole: dict[str, Any] = {}
     with worked() as counted, sent() as told:
         for step in range(6):
             optimizer = made[step // 3]
             if step == 3:
-                optimizer.load_state_dict(oput.full_state_dict(made[0]))
+                whole = oput.full_state_dict(made[0])
+                optimizer.load_state_dict(whole)
             for i, p in enumerate(params):
                 p.grad = held(i, pull(values[i], i, step)) if (step, i) != (1, 2) else None
             optimizer.step()
     ends = [p.detach() if mesh is None else p.detach().full_tensor() for p in params]  # type: ignore[attr-defined]
-    return {"ends": ends, "worked": sum(counted), "sent": told, "owned": owned_bytes(optimizer)}
+    return {"ends": ends, "worked": sum(counted), "sent": told, "owned": owned_bytes(optimizer), "whole": whole}
 
 
 def inside(name: str, how: str) -> dict[str, Any] | None:
@@ -68,6 +70,7 @@ def test_a_mesh_of_some_ranks(pool: Pool, name: str, how: str) -> None:
     assert sum(rank["worked"] for rank in ranks) == alone["worked"]
     for rank in ranks:
         assert max((a - b).abs().max().item() for a, b in zip(rank["ends"], alone["ends"], strict=True)) < 1e-10
+        assert_same_state(rank["whole"], alone["whole"])
         assert rank["sent"]["calls"] == 6 * 2 * (1 if how == "flattened" else 2)  # there and back, along each dimension
     assert sum(rank["owned"] for rank in ranks) == alone["owned"]
 

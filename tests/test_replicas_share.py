@@ -19,7 +19,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import oput_dist as oput
-from tests.counting import NAMES, OPTIONS, owned_bytes, sent, worked
+from tests.counting import NAMES, OPTIONS, assert_same_state, owned_bytes, sent, worked
 from tests.parity import pull
 from tests.pool import Pool
 
@@ -117,17 +117,6 @@ def test_replicas_work_on_each_matrix_once_and_end_where_one_process_does(pool: 
         assert_same_state(rank["saved"], alone["saved"])
     assert sum(rank["owned"] for rank in ranks) == alone["owned"]
     assert alone["owned"] == 0 if name == "muon" else max(rank["owned"] for rank in ranks) < 0.6 * alone["owned"]
-
-
-def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """To rounding; eigenvectors may come with either sign."""
-    assert found["state"].keys() == wanted["state"].keys()
-    for key, entry in wanted["state"].items():
-        assert found["state"][key].keys() == entry.keys()
-        for name, value in entry.items():
-            there = found["state"][key][name]
-            assert (there.shape, there.dtype) == (value.shape, value.dtype), name
-            assert torch.allclose(there.abs(), value.abs(), rtol=1e-6, atol=1e-9), name
 
 
 @pytest.mark.parametrize("name", NAMES)
