@@ -226,23 +226,26 @@ def test_what_one_replica_saved_goes_on_anywhere(pool: Pool, name: str) -> None:
             assert apart(found, wanted) < 1e-10, (source, n, how)
 
 
-def one_rank_with_less(name: str) -> str:
-    """A state dict of which one replica has lost something."""
+def one_rank_with_other(name: str, what: str) -> str:
+    """A state dict of which one replica has lost something, or has something more."""
     module = DistributedDataParallel(Net())
     optimizer: Any = oput.create(name, module, **OPTIONS[name])
     module(batch(0)).backward()
     optimizer.step()
     saved = optimizer.state_dict()
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1 and what == "lacks 'factor_0'":
         del saved["state"][0]["factor_0"]
-    with pytest.raises(ValueError, match="lacks 'factor_0'") as error:
+    elif dist.get_rank() == 1:
+        saved["state"][0]["odd"] = torch.ones(3)
+    with pytest.raises(ValueError, match=what) as error:
         optimizer.load_state_dict(saved)
     return str(error.value)
 
 
+@pytest.mark.parametrize("what", ["lacks 'factor_0'", "has 'odd'"])
 @pytest.mark.parametrize("name", ["shampoo", "soap"])
-def test_all_replicas_refuse_what_one_of_them_cannot_load(pool: Pool, name: str) -> None:
-    first, second = pool.run(2, one_rank_with_less, name, timeout=30.0)
+def test_all_replicas_refuse_what_one_of_them_cannot_load(pool: Pool, name: str, what: str) -> None:
+    first, second = pool.run(2, one_rank_with_other, name, what, timeout=60.0)
     assert "because of rank 1" in first
     assert "because of" not in second
 

@@ -155,7 +155,7 @@ class _Relief:
         for i in reversed(self._has[rank]):
             kinds.setdefault(self._shares[i], []).append(i)
         each = list(kinds.values())[-_KINDS:]
-        bundles = [(numbers[-1],) for numbers in each]
+        bundles: list[tuple[int, ...]] = [(numbers[-1],) for numbers in each]
         if most > 1:
             bundles += [(a[-1], b[-1]) for a, b in itertools.combinations(each, 2)]
             bundles += [(numbers[-1], numbers[-2]) for numbers in each if len(numbers) > 1]
