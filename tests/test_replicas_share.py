@@ -292,6 +292,39 @@ def test_copies_share_on(pool: Pool) -> None:
     assert pool.run(2, copied_on_rank) == [0.0, 0.0]
 
 
+def wrapped_run(how: str) -> tuple[dict[str, Any], list[Tensor]]:
+    """Lookahead around Shampoo, with a group that comes later; saved whole, loaded and gone on."""
+    net = Net()
+    module = net if how == "alone" else DistributedDataParallel(net)
+    first, later = list(net.layers[:6].parameters()), list(net.layers[6:].parameters())
+    whole: dict[str, Any] = {}
+
+    def made() -> Any:
+        return oput.Lookahead(oput.Shampoo(first, **OPTIONS["shampoo"], module=module), k=2)
+
+    optimizer = made()
+    for step in range(6):
+        if step == 2:
+            optimizer.add_param_group({"params": later})
+        if step == 4:
+            whole = oput.full_state_dict(optimizer)
+            optimizer = made()
+            optimizer.add_param_group({"params": later})
+            optimizer.load_state_dict(whole)
+        optimizer.zero_grad()
+        module.zero_grad()
+        module(batch(step)).backward()
+        optimizer.step()
+    return whole, [p.detach().clone() for p in net.parameters()]
+
+
+def test_wrappers_know_what_replicas_share(pool: Pool) -> None:
+    whole, wanted = wrapped_run("alone")
+    for found, ends in pool.run(2, wrapped_run, "ddp"):
+        assert_same_state(found, whole)
+        assert apart(ends, wanted) < 1e-10
+
+
 # ----------------------------------------------------------------------------------------------------- FSDP1's replicas
 
 

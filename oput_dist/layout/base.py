@@ -55,10 +55,11 @@ class Layout(ABC):
             LayoutError: for ranks that nothing connects in order.
         """
         groups = (*self.groups, *self.partial_groups, *self.replica_groups)
-        several = len(groups) > 1
-        if several and prod(dist.get_world_size(group) for group in groups) == dist.get_world_size():
+        if len(groups) <= 1:
+            return groups
+        if prod(dist.get_world_size(group) for group in groups) == dist.get_world_size():
             return (dist.group.WORLD,)  # type: ignore[return-value]
-        return groups
+        return (*self.groups, *self.partial_groups)  # replicas may be numbered in any way
 
     @property
     @abstractmethod

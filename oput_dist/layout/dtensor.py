@@ -172,7 +172,7 @@ class Distributed(Layout):
 
 def _flattened(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """The group of all ranks of a mesh, if ``_flatten()`` made one: as it takes all ranks of the world, not here."""
-    root = mesh._get_root_mesh()
+    root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
     ranks = sorted(mesh.mesh.flatten().tolist())
     groups = [flat.get_group() for flat in getattr(root, "_flatten_mapping", {}).values() if flat.ndim == 1]
     return next((group for group in groups if sorted(dist.get_process_group_ranks(group)) == ranks), None)
