@@ -43,8 +43,13 @@ from launch.wrapping import averaged, title, wrapped
 INSTEAD = {"lr": "--lr", "params": "--layers", "shard_group": "--parallel zero1", "max_grad_norm": "--clip"}
 
 
-def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer | oput.Wrapper:
-    """The optimizer that the command line asks for; UsageError with the library's own sentence for what it refuses."""
+def build_optimizer(
+    options: Options, model: nn.Module, module: nn.Module | None = None
+) -> oput.Optimizer | oput.Wrapper:
+    """The optimizer that the command line asks for; UsageError with the library's own sentence for what it refuses.
+
+    Of a `module` that is DDP around the model, the ranks share work on whole matrices.
+    """
     arguments = dict(options.opt)
     for key, flag in INSTEAD.items():
         if key in arguments:
@@ -58,6 +63,8 @@ def build_optimizer(options: Options, model: nn.Module) -> oput.Optimizer | oput
         arguments["max_grad_norm"] = options.clip
     if options.parallel == "zero1":
         arguments["shard_group"] = dist.group.WORLD
+    elif isinstance(module, DistributedDataParallel):
+        arguments["module"] = module
     try:
         known = inspect.signature(oput.lookup(options.optimizer)).parameters
         if "num_iterations" in known and not {"num_iterations", "num_epochs"} & arguments.keys():
@@ -88,7 +95,7 @@ class Trainer:
             self.optimizer = self.module.basic_optimizer
         else:
             self.module = parallel.spread(model, options.parallel, self.grid, device, self.bf16)
-            self.optimizer = build_optimizer(options, parallel.unwrapped(self.module))
+            self.optimizer = build_optimizer(options, parallel.unwrapped(self.module), self.module)
         self.model = parallel.unwrapped(self.module)
         self.peak_lr = float(self.optimizer.param_groups[0]["lr"])
         self.clock = Clock(device)

@@ -194,7 +194,7 @@ def start(layout: str, case: str, lr: float = 0.1) -> Run:
     module = spread.wrap(Net())
     groups = grouped(module, settings.groups, lr)
     options: dict[str, Any] = {"shard_group": dist.group.WORLD} if spread.zero1 else {}
-    if spread.fsdp1:
+    if spread.fsdp1 or layout == "ddp":  # whose replicas share whole matrices then
         options["module"] = module
     optimizer = oput.create(settings.optimizer, groups, lr=lr, weight_decay=0.1, **settings.options, **options)
     for group in optimizer.param_groups:

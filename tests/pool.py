@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
-MAX_WORLD = 4
+MAX_WORLD = 5
 GRACE = (
     2.0  # seconds the other ranks get after one has failed: long enough to report, too short to wait for a dead peer
 )
@@ -47,7 +47,7 @@ class Pool:
         """``fn`` must be importable by the workers (module level), ``args`` and results picklable."""
         if not 1 <= n <= MAX_WORLD:
             raise ValueError(f"world size {n}: the pool has 1 to {MAX_WORLD} ranks")
-        self._start()
+        self._start(n)
         if self._world[0] != n:
             self._worlds += 1
             self._world = (n, os.path.join(self._folder.name, f"world{self._worlds}"))
@@ -88,10 +88,9 @@ class Pool:
                     limit = min(deadline, time.monotonic() + GRACE)
         return replies, failures
 
-    def _start(self) -> None:
-        if self._workers:
-            return
-        for rank in range(MAX_WORLD):
+    def _start(self, n: int) -> None:
+        """At least four, as nearly all tests need them; a fifth for the tests that do."""
+        for rank in range(len(self._workers), max(n, 4)):
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True, name=f"pool-rank{rank}")
             process.start()

@@ -13,7 +13,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import oput_dist as oput
 from oput_dist.collectives import owners as owners_module
+from oput_dist.collectives import ranks as ranks_module
 from oput_dist.collectives.balance import assigned
+from oput_dist.collectives.routes import senders, share_of
+from oput_dist.layout import Box
 from oput_dist.matrix.orthogonal import Orthogonalize, orthogonalized, polar_express
 from oput_dist.optimizers.routing import is_hidden_matrix
 from tests.pool import Pool
@@ -39,10 +42,18 @@ def test_the_dearest_first_to_the_rank_with_least_to_do() -> None:
     assert max(loads) < 1.05 * sum(loads) / 8
 
 
+def test_the_pieces_of_a_replica_go_to_the_owners_in_it() -> None:
+    """Two replicas of two shards; a matrix that all hold; and one that the owner holds nothing of."""
+    upper, lower = (share_of([Box(0, (2, 3), (slice(at, at + 2), slice(0, 3)), (3, 1))]) for at in (0, 2))
+    assert [senders([upper, lower, upper, lower], owner) for owner in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [senders([upper] * 3, owner) for owner in range(3)] == [[0], [1], [2]]
+    assert senders([upper, upper, share_of([]), share_of([])], 3) == [1]
+
+
 def worked_on_rank() -> tuple[int, int, list[Tensor]]:
     """How many matrices this rank worked on in a step, the elements that it sent, and where the step led."""
     counted, sent = [], []
-    call, exchange = Orthogonalize.__call__, owners_module._all_to_all
+    call, exchange = Orthogonalize.__call__, ranks_module._all_to_all
 
     def counting(self: Orthogonalize, stacked: Tensor, *more: Any) -> Tensor:
         counted.append(len(stacked))
@@ -59,7 +70,7 @@ def worked_on_rank() -> tuple[int, int, list[Tensor]]:
     optimizer = oput.Muon(params, lr=0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Orthogonalize, "__call__", counting)
-        patch.setattr(owners_module, "_all_to_all", measuring)
+        patch.setattr(ranks_module, "_all_to_all", measuring)
         patch.setattr(owners_module, "WAVE_BYTES", 8 * 100)  # several waves
         optimizer.step()
     return sum(counted), sum(sent), [p.detach().full_tensor() for p in params]  # type: ignore[attr-defined]

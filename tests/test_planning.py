@@ -13,13 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import oput_dist as oput
 from benchmarks import plan as page
 from oput_dist.collectives import gather as gather_module
-from oput_dist.collectives import owners as owners_module
+from oput_dist.collectives import ranks as ranks_module
 from oput_dist.collectives.balance import assigned, least_load
 from oput_dist.collectives.nearness import nearest
+from oput_dist.engine.owned import kept_bytes
 from tests.layouts import Weights
 from tests.pool import Pool
 
@@ -50,7 +52,7 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        all_reduce, all_to_all, all_gather = dist.all_reduce, owners_module._all_to_all, gather_module._all_gather
+        all_reduce, all_to_all, all_gather = dist.all_reduce, ranks_module._all_to_all, gather_module._all_gather
         ranks, rank = dist.get_world_size, dist.get_rank()
 
         def reduced(tensor: Tensor, *more: Any, group: Any = None, **others: Any) -> Any:
@@ -68,7 +70,7 @@ class Counted:
             return all_gather(output, own, group=group, **more)
 
         patch.setattr(dist, "all_reduce", reduced)
-        patch.setattr(owners_module, "_all_to_all", exchanged)
+        patch.setattr(ranks_module, "_all_to_all", exchanged)
         patch.setattr(gather_module, "_all_gather", gathered)
 
     def _count(self, kind: str, sent: float) -> None:
@@ -79,7 +81,9 @@ class Counted:
 def measured(layout: str, name: str, options: dict[str, Any]) -> tuple[int, dict[str, int], dict[str, int]]:
     """State bytes of this rank, and what a step sends."""
     module = Weights({name: torch.randn(shape) for name, shape in shapes().items()})
-    if layout == "zero1":
+    if layout == "ddp":
+        module = DistributedDataParallel(module)
+    elif layout == "zero1":
         options = {**options, "shard_group": dist.group.WORLD}
     else:
         sizes = (dist.get_world_size(),) if layout == "fsdp2" else (2, 2)
@@ -99,7 +103,9 @@ def all_measured(layout: str) -> list[tuple[int, dict[str, int], dict[str, int]]
     return [measured(layout, name, options) for name, options in CASES]
 
 
-@pytest.mark.parametrize(("layout", "n"), [("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero1", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(
+    ("layout", "n"), [("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero1", 3), ("hsdp", 4), ("ddp", 3)]
+)
 def test_state_bytes_and_collectives_are_as_planned(pool: Pool, layout: str, n: int) -> None:
     ranks = pool.run(n, all_measured, layout, timeout=120.0)
     for i, (name, options) in enumerate(CASES):
@@ -109,7 +115,10 @@ def test_state_bytes_and_collectives_are_as_planned(pool: Pool, layout: str, n: 
         assert told.state_bytes.mean == sum(state) / n, name
         for _, _, calls in (rank[i] for rank in ranks):
             assert {kind: count for kind, count in told.collectives.items() if count} == calls, name
-        parts = {"all-reduce": ["sums"], "all-to-all": ["to owners", "from owners"], "all-gather": ["updated rows"]}
+        shared = ["to owners", "from owners"]
+        parts = {"all-reduce": ["sums"], "all-to-all": shared, "all-gather": ["updated rows"]}
+        if layout == "ddp":  # replicas tell each other what they made, and send nothing to owners
+            parts |= {"all-to-all": ["to owners"], "all-gather": ["from owners"]}
         for kind, purposes in parts.items():
             sent = sum(rank[i][1].get(kind, 0) for rank in ranks) / n
             assert sum(told.sent[purpose].mean for purpose in purposes) == pytest.approx(sent, rel=0.01), (name, kind)
@@ -148,8 +157,9 @@ def test_matrices_of_llama_are_sent_at_most_at_the_floor(name: str, n: int) -> N
 
 
 def test_one_process_holds_and_sends_what_ddp_does_for_itself() -> None:
-    alone, replicas = oput.plan(shapes(), "soap"), oput.plan(shapes(), "soap", 5, layout="ddp")
-    optimizer = oput.SOAP([nn.Parameter(torch.randn(shape)) for shape in SHAPES])
+    """But for whole matrices, of which each replica works on some."""
+    alone, replicas = oput.plan(shapes(), "lamb"), oput.plan(shapes(), "lamb", 5, layout="ddp")
+    optimizer = oput.Lamb([nn.Parameter(torch.randn(shape)) for shape in SHAPES])
     for p in optimizer.param_groups[0]["params"]:
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -221,6 +231,29 @@ def test_state_of_mixed_shapes_is_even(name: str, ranks: int) -> None:
     mixed = {f"p{i}": (draw.choice(sides), draw.choice(sides)) for i in range(5 * ranks)}
     told = oput.plan(mixed, name, ranks, block_size=128) if name != "muon" else oput.plan(mixed, name, ranks)
     assert told.state_share <= 1.1
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+def test_state_of_four_matrices_a_rank_is_even_whatever_they_are(name: str, ranks: int) -> None:
+    """Twenty draws of each kind, where one rank need not have more."""
+    optimizer: Any = oput.create(name, [nn.Parameter(torch.empty(2, 2, device="meta"))], **page.OPTIONS[name])
+    work = optimizer.work(optimizer.param_groups[0], (2, 2))
+    for sides in (
+        [64, 96, 128, 192, 256, 320],
+        [300, 500, 768, 1000, 1280, 1600, 2000, 3000],
+        [1024, 1536, 2048, 4096],
+    ):
+        for seed in range(20):
+            draw = random.Random(seed)
+            shapes = [(draw.choice(sides), draw.choice(sides)) for _ in range(4 * ranks)]
+            blocks = [
+                tuple(part.stop - part.start for part in index) for shape in shapes for index in work.blocks(shape)
+            ]
+            kept = [float(kept_bytes(work, block, torch.float32)) for block in blocks]
+            owned = loads(kept, assigned([work.cost(block) for block in blocks], ranks, None, kept), ranks)
+            even = sum(kept) / ranks
+            assert max(owned) <= 1.1 * even or least_load(kept, ranks) > 1.1 * even, (sides, seed)
 
 
 def test_bytes_count_beside_time() -> None:

@@ -94,5 +94,5 @@ def test_a_hanging_rank_costs_the_time_limit_and_no_more(pool: Pool) -> None:
 
 
 def test_a_world_larger_than_the_pool_is_refused(pool: Pool) -> None:
-    with pytest.raises(ValueError, match="world size 5"):
-        pool.run(5, whoami)
+    with pytest.raises(ValueError, match="world size 6"):
+        pool.run(6, whoami)

@@ -26,13 +26,15 @@ def disagreeing(grads: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 class Ddp(Layout):
-    """DistributedDataParallel, whose buckets average the gradients."""
+    """DistributedDataParallel, whose buckets average the gradients. The optimizer knows the module, so that replicas
+    share whole matrices."""
 
     name, worlds = "ddp", (2, 4)  # it multiplies by 1/n, which is not exact for 3
     whole_parameters = True
 
     def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.module = DistributedDataParallel(Weights(values), find_unused_parameters=True)
+        self.options = {**self.options, "module": self.module}
         return {name.removeprefix("module."): p for name, p in self.module.named_parameters()}
 
     def give(self, params: dict[str, Tensor], grads: dict[str, Tensor | None]) -> None:

@@ -3,5 +3,6 @@
 from .gather import gather_pieces
 from .owners import Matrix, Owners
 from .packed import NamedRanks, Schedule, packed_sum, ranks_of
+from .ranks import Ranks
 
-__all__ = ["Matrix", "NamedRanks", "Owners", "Schedule", "gather_pieces", "packed_sum", "ranks_of"]
+__all__ = ["Matrix", "NamedRanks", "Owners", "Ranks", "Schedule", "gather_pieces", "packed_sum", "ranks_of"]

@@ -10,11 +10,17 @@ __all__ = ["assigned", "least_load"]
 
 _EVEN = 1.01
 """Times what the busiest rank must bear in any case: a rank that bears no more is not relieved further."""
-_BYTES = 0.95
-"""What bytes count for beside time, which is lost at every step: memory is short only where it is full."""
+_BYTES, _FULL, _STEEP = 0.95, 1.08, 8.0
+"""What bytes count for beside time, which is lost at every step: a little less; but above 1.08 of an even share so many
+times as much, so that hardly a rank needs more than 1.1."""
 _RANKS, _KINDS, _MOST = 8, 12, 2048
 """Ranks, with most and with least to do, and kinds of matrices of each, among which relief is sought, and how often:
 bounds the time that it takes to some seconds, also for a thousand ranks and ten thousand kinds."""
+_PAIRS = 100
+"""How often two matrices at a time are tried, which takes a hundred times as long."""
+
+_Exchange = tuple[int, tuple[int, ...], int, tuple[int, ...]]
+"""A rank, what it should give, to whom, and what it should take for it."""
 
 
 def assigned(
@@ -63,6 +69,16 @@ def least_load(costs: Sequence[float], ranks: int) -> float:
     return max([first[-1] / ranks, *several])
 
 
+def _burden(time: float, size: float) -> float:
+    """What a rank bears that has these shares of time and bytes."""
+    return max(time, _BYTES * size, _BYTES * _FULL + _STEEP * (size - _FULL))
+
+
+def _room(burden: float) -> float:
+    """The bytes with which a rank bears no more than that."""
+    return min(burden / _BYTES, _FULL + (burden - _BYTES * _FULL) / _STEEP)
+
+
 class _Relief:
     """Moves and exchanges of matrices that relieve the rank that is worst off, in time or bytes.
 
@@ -79,7 +95,7 @@ class _Relief:
     ) -> None:
         self._owners = owners
         time, size = (least_load(each, ranks) or 1.0 for each in (costs, kept))
-        self._shares = [(cost / time, _BYTES * own / size) for cost, own in zip(costs, kept, strict=True)]
+        self._shares = [(cost / time, own / size) for cost, own in zip(costs, kept, strict=True)]
         self._load = [[0.0, 0.0] for _ in range(ranks)]
         for share, owner in zip(self._shares, owners, strict=True):
             self._load[owner][0] += share[0]
@@ -89,40 +105,61 @@ class _Relief:
             self._has[owners[i]].append(i)
 
     def run(self) -> None:
-        """Until there is no relief, or for long enough."""
+        """Until there is no relief, or for long enough. Two at a time are tried where one at a time is no relief."""
+        pairs = _PAIRS
         for _ in range(min(4 * len(self._load), _MOST)):
-            by_load = sorted(range(len(self._load)), key=lambda rank: (max(self._load[rank]), rank))
-            burdened = [rank for rank in reversed(by_load[-_RANKS:]) if max(self._load[rank]) > _EVEN]
-            found = next((best for rank in burdened if (best := self._best(rank, by_load[:_RANKS]))), None)
+            by_load = sorted(range(len(self._load)), key=lambda rank: (_burden(*self._load[rank]), rank))
+            burdened = [rank for rank in reversed(by_load[-_RANKS:]) if _burden(*self._load[rank]) > _EVEN]
+            found = next((best for rank in burdened if (best := self._best(rank, by_load[:_RANKS], 1))), None)
+            if found is None and pairs:
+                pairs -= 1
+                found = next((best for rank in burdened[:1] if (best := self._best(rank, by_load[:_RANKS], 2))), None)
             if found is None:
                 return
             rank, given, partner, taken = found
-            self._move(given, partner)
-            if taken is not None:
-                self._move(taken, rank)
+            for i in given:
+                self._move(i, partner)
+            for i in taken:
+                self._move(i, rank)
 
-    def _best(self, rank: int, partners: Sequence[int]) -> tuple[int, int, int, int | None] | None:
-        """A rank, what it should give, to whom, and what it should take for it."""
-        best, found = max(self._load[rank]) * (1 - 1e-9), None
-        for given in self._kinds(rank):
-            for partner in partners:
-                for taken in (None, *self._kinds(partner)) if partner != rank else ():
-                    after = self._after(rank, partner, given, taken)
-                    if after < best:
-                        best, found = after, (rank, given, partner, taken)
+    def _best(self, rank: int, partners: Sequence[int], most: int) -> _Exchange | None:
+        """What relieves a rank most, of exchanges of at most so many matrices for as many."""
+        load, limit = self._load[rank], _burden(*self._load[rank]) * (1 - 1e-9)
+        room = _room(limit)
+        found: _Exchange | None = None
+        own = self._bundles(rank, most)
+        for partner in partners:
+            if partner == rank:
+                continue
+            other = self._load[partner]
+            theirs = [((), 0.0, 0.0), *self._bundles(partner, most)]
+            for given, time, size in own:
+                for taken, less_time, less_size in theirs:
+                    moved, carried = time - less_time, size - less_size
+                    if (
+                        load[0] - moved < limit
+                        and load[1] - carried < room
+                        and other[0] + moved < limit
+                        and other[1] + carried < room
+                    ):
+                        limit = max(
+                            _burden(load[0] - moved, load[1] - carried), _burden(other[0] + moved, other[1] + carried)
+                        )
+                        room = _room(limit)
+                        found = rank, given, partner, taken
         return found
 
-    def _kinds(self, rank: int) -> list[int]:
-        """One matrix of each kind that a rank has."""
-        return list({self._shares[i]: i for i in reversed(self._has[rank])}.values())[-_KINDS:]
-
-    def _after(self, rank: int, partner: int, given: int, taken: int | None) -> float:
-        """The larger load of both ranks after an exchange."""
-        back = (0.0, 0.0) if taken is None else self._shares[taken]
-        moved = [ahead - less for ahead, less in zip(self._shares[given], back, strict=True)]
-        return max(
-            max(self._load[rank][k] - moved[k] for k in (0, 1)), max(self._load[partner][k] + moved[k] for k in (0, 1))
-        )
+    def _bundles(self, rank: int, most: int) -> list[tuple[tuple[int, ...], float, float]]:
+        """Matrices that a rank has, up to so many, one choice of each kind; with their time and bytes."""
+        kinds: dict[tuple[float, float], list[int]] = {}
+        for i in reversed(self._has[rank]):
+            kinds.setdefault(self._shares[i], []).append(i)
+        each = list(kinds.values())[-_KINDS:]
+        bundles: list[tuple[int, ...]] = [(numbers[-1],) for numbers in each]
+        if most > 1:
+            bundles += [(a[-1], b[-1]) for a, b in itertools.combinations(each, 2)]
+            bundles += [(numbers[-1], numbers[-2]) for numbers in each if len(numbers) > 1]
+        return [(b, sum(self._shares[i][0] for i in b), sum(self._shares[i][1] for i in b)) for b in bundles]
 
     def _move(self, i: int, to: int) -> None:
         source = self._owners[i]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-__all__ = ["BUCKET_BYTES", "buckets", "gather_pieces", "width"]
+__all__ = ["BUCKET_BYTES", "Gathering", "buckets", "gather_pieces", "width"]
 
 BUCKET_BYTES = 32 * 2**20
 """Bytes that a bucket receives: the bound of the scratch memory, twice over because two are in flight."""
@@ -24,15 +24,34 @@ def gather_pieces(tensors: Sequence[Sequence[torch.Tensor]], group: dist.Process
             date. All on one device; any dtypes: each travels as it is.
         group: the group.
     """
-    rank = dist.get_rank(group)
-    pending: _Bucket | None = None
-    for pieces in buckets(tensors):
-        bucket = _Bucket(pieces, rank, group)
-        if pending is not None:
-            pending.finish()
-        pending = bucket
-    if pending is not None:
-        pending.finish()
+    told = Gathering(group)
+    told.add(tensors)
+    told.finish()
+
+
+class Gathering:
+    """The same for tensors that are up to date one after the other: some travel while others are made.
+
+    Args:
+        group: see :func:`gather_pieces`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._rank = group, dist.get_rank(group)
+        self._pending: _Bucket | None = None
+
+    def add(self, tensors: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Send this rank's pieces of tensors; see :func:`gather_pieces`."""
+        for pieces in buckets(tensors):
+            bucket = _Bucket(pieces, self._rank, self._group)
+            self.finish()
+            self._pending = bucket
+
+    def finish(self) -> None:
+        """Wait for what was sent last."""
+        if self._pending is not None:
+            self._pending.finish()
+        self._pending = None
 
 
 def buckets(tensors: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequence[torch.Tensor]]]:

@@ -8,15 +8,14 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .balance import assigned
+from .gather import Gathering
 from .nearness import nearest
-from .routes import WAVE_BYTES, Share, first_holders, share_of, waves
+from .ranks import Exchange, Ranks
+from .routes import WAVE_BYTES, Share, rows, senders, share_of, waves
 
 __all__ = ["Matrix", "Owners", "Wholes"]
-
-_all_to_all = dist.all_to_all_single
 
 Wholes = dict[int, torch.Tensor]
 """Matrices by their numbers."""
@@ -40,13 +39,14 @@ class Matrix:
 
 
 class Owners:
-    """The plan for the matrices that the ranks of one group hold together. Made once, by all of them.
+    """The plan for the matrices that some ranks hold together. Made once, by all of them.
 
-    Where several ranks hold the same piece, the lowest of them sends it, and all receive the result.
+    Where several ranks hold the same piece, one of them sends it, in the owner's own replica (:func:`senders`), and all
+    receive the result. What every rank holds whole is not sent to owners at all: they tell the others what they made.
 
     Args:
         matrices: the same on all ranks, but for what each holds.
-        group: the ranks; None for this one alone.
+        ranks: who they are; None for this one alone.
         itemsize: of an element that travels.
         settled: matrices that have an owner already, the same on all ranks.
     """
@@ -54,34 +54,35 @@ class Owners:
     def __init__(
         self,
         matrices: Sequence[Matrix],
-        group: dist.ProcessGroup | None,
+        ranks: Ranks | None,
         itemsize: int,
         settled: Mapping[int, int] | None = None,
     ) -> None:
-        self._matrices, self._group = matrices, group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        ranks = 1 if group is None else dist.get_world_size(group)
+        self._matrices, self._ranks = matrices, ranks
+        self.rank = 0 if ranks is None else ranks.rank
         own = [share_of(matrix.boxes) for matrix in matrices]
-        held: list[Any] = [own]
-        if group is not None:
-            held = [None] * ranks
-            dist.all_gather_object(held, own, group=group)
+        held = [own] if ranks is None else ranks.gathered(own)
         self._held: list[list[Share]] = held
-        owners = assigned([m.cost for m in matrices], ranks, settled, [m.kept for m in matrices])
+        owners = assigned([m.cost for m in matrices], self.ranks, settled, [m.kept for m in matrices])
         sizes = [[rank[i].numel for rank in held] for i in range(len(matrices))]
         self.owners = nearest(owners, [(m.cost, m.kept) for m in matrices], sizes, settled or {})
-        self._senders = [first_holders([rank[i] for rank in held]) for i in range(len(matrices))]
-        self._waves = waves([m.shape for m in matrices], self.owners, ranks, itemsize, WAVE_BYTES)
+        self._senders = [senders([rank[i] for rank in held], owner) for i, owner in enumerate(self.owners)]
+        self._waves = waves([m.shape for m in matrices], self.owners, self.ranks, itemsize, WAVE_BYTES)
+        self._copies = ranks is None or (len(ranks.groups) == 1 and all(self._whole(i) for i in range(len(matrices))))
 
     @property
     def ranks(self) -> int:
         """How many ranks share the work."""
         return len(self._held)
 
+    def _whole(self, i: int) -> bool:
+        """Whether every rank holds all of a matrix, in one piece."""
+        return all([shape for shape, _ in rank[i].parts] == [self._matrices[i].shape] for rank in self._held)
+
     def run(
         self, pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes], active: Collection[int] | None = None
     ) -> None:
-        """Replace every piece by that of what is made of the whole matrix. All ranks of the group must call it.
+        """Replace every piece by that of what is made of the whole matrix. All ranks must call it.
 
         The next wave's pieces travel while a wave is worked on.
 
@@ -91,10 +92,8 @@ class Owners:
             active: the matrices to work on, the same on all ranks; None for all.
         """
         waves = [wave if active is None else [i for i in wave if i in active] for wave in self._waves]
-        if self._group is None:
-            for wave in waves:
-                for i, result in work({i: self._local(pieces, i) for i in wave}).items():
-                    self.write(pieces, i, self._cut(result, 0, i))
+        if self._copies:
+            self._run_here(waves, pieces, work)
             return
         coming = [_Gather(self, wave, pieces) for wave in waves[:1]]
         leaving: list[_Scatter] = []
@@ -106,6 +105,28 @@ class Owners:
             leaving = [_Scatter(self, wave, results, pieces)]
         for last in leaving:
             last.finish()
+
+    def _run_here(
+        self, waves: Sequence[Sequence[int]], pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes]
+    ) -> None:
+        """Of matrices that every rank holds whole: each works on its own and tells the others."""
+        told = None if self._ranks is None else Gathering(self._ranks.groups[0])
+        for wave in waves:
+            own = sorted(i for i in wave if self.owners[i] == self.rank)
+            for i, result in work({i: self._local(pieces, i) for i in own}).items():
+                self.write(pieces, i, self._cut(result, self.rank, i))
+            if told is not None:
+                told.add(self._rows(wave, pieces))
+        if told is not None:
+            told.finish()
+
+    def _rows(self, wave: Sequence[int], pieces: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """The matrices of a wave, one of each owner at a time, as they lie here; nothing where an owner has no more."""
+        nothing = pieces[0].new_empty(0)
+        return [
+            [nothing if i is None else _view(pieces[self._matrices[i].piece], self._matrices[i].boxes[0]) for i in row]
+            for row in rows(wave, self.owners, self.ranks)
+        ]
 
     def _local(self, pieces: Sequence[torch.Tensor], i: int) -> torch.Tensor:
         """A matrix that is all here: a view where it can be one."""
@@ -149,36 +170,24 @@ class _Gather:
     """Pieces of one wave on their way to the owners."""
 
     def __init__(self, owners: Owners, wave: Sequence[int], pieces: Sequence[torch.Tensor]) -> None:
-        self._owners = owners
-        rank, held = owners.rank, owners._held
-        sent = [
-            [i for i in wave if owners.owners[i] == to and rank in owners._senders[i]] for to in range(owners.ranks)
-        ]
-        self._coming = [
-            [i for i in wave if owners.owners[i] == rank and source in owners._senders[i]]
-            for source in range(owners.ranks)
-        ]
-        self._sizes = [sum(held[source][i].numel for i in numbers) for source, numbers in enumerate(self._coming)]
-        self._packed = owners.packed(pieces, [i for numbers in sent for i in numbers])  # until it has been sent
-        self._received = self._packed.new_empty(sum(self._sizes))
-        self._work = _all_to_all(
-            self._received,
-            self._packed,
-            self._sizes,
-            [sum(held[rank][i].numel for i in numbers) for numbers in sent],
-            group=owners._group,
-            async_op=True,
-        )
+        self._owners, ranks = owners, owners._ranks
+        assert ranks is not None
+        self._sent: dict[tuple[int, int], list[int]] = {}
+        for i in wave:
+            for source in owners._senders[i]:
+                self._sent.setdefault((source, owners.owners[i]), []).append(i)
+        packed = owners.packed(pieces, [i for to in range(owners.ranks) for i in self._sent.get((owners.rank, to), ())])
+        self._exchange = Exchange(ranks, packed, self._size)
+
+    def _size(self, source: int, to: int) -> int:
+        return sum(self._owners._held[source][i].numel for i in self._sent.get((source, to), ()))
 
     def wholes(self) -> Wholes:
         """The matrices of this rank, by number."""
-        self._work.wait()
         found: Wholes = {}
-        for source, (share, numbers) in enumerate(
-            zip(self._received.split(self._sizes), self._coming, strict=True)  # type: ignore[no-untyped-call]
-        ):
+        for source, share in enumerate(self._exchange.wait()):
             at = 0
-            for i in numbers:
+            for i in self._sent.get((source, self._owners.rank), ()):
                 numel = self._owners._held[source][i].numel
                 found[i] = self._owners.put_together(share[at : at + numel], source, i, found.get(i))
                 at += numel
@@ -189,29 +198,28 @@ class _Scatter:
     """Results of one wave on their way back."""
 
     def __init__(self, owners: Owners, wave: Sequence[int], results: Wholes, pieces: Sequence[torch.Tensor]) -> None:
-        self._owners, self._pieces = owners, pieces
-        rank, held = owners.rank, owners._held
-        numbers = sorted(results)
-        shares = [owners._cut(results[i], to, i) for to in range(owners.ranks) for i in numbers]
-        sent = [sum(held[to][i].numel for i in numbers) for to in range(owners.ranks)]
-        self._coming = [
-            sorted(i for i in wave if owners.owners[i] == source and held[rank][i].numel)
-            for source in range(owners.ranks)
-        ]
-        sizes = [sum(held[rank][i].numel for i in coming) for coming in self._coming]
-        self._packed = torch.cat(shares) if shares else pieces[0].new_empty(0)
-        self._received = self._packed.new_empty(sum(sizes))
-        self._work = _all_to_all(self._received, self._packed, sizes, sent, group=owners._group, async_op=True)
+        self._owners, self._pieces, ranks = owners, pieces, owners._ranks
+        assert ranks is not None
+        self._own: dict[int, list[int]] = {}
+        for i in sorted(wave):
+            self._own.setdefault(owners.owners[i], []).append(i)
+        mine = self._own.get(owners.rank, ())
+        shares = [owners._cut(results[i], to, i) for to in range(owners.ranks) for i in mine]
+        packed = torch.cat(shares) if shares else pieces[0].new_empty(0)
+        self._exchange = Exchange(ranks, packed, self._size)
+
+    def _size(self, source: int, to: int) -> int:
+        return sum(self._owners._held[to][i].numel for i in self._own.get(source, ()))
 
     def finish(self) -> None:
         """Write them into the pieces."""
-        self._work.wait()
-        at = 0
-        for numbers in self._coming:
-            for i in numbers:
-                numel = self._owners._held[self._owners.rank][i].numel
-                self._owners.write(self._pieces, i, self._received[at : at + numel])
-                at += numel
+        held = self._owners._held[self._owners.rank]
+        for source, share in enumerate(self._exchange.wait()):
+            at = 0
+            for i in self._own.get(source, ()):
+                if numel := held[i].numel:
+                    self._owners.write(self._pieces, i, share[at : at + numel])
+                    at += numel
 
 
 def _view(piece: torch.Tensor, box: Any) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-__all__ = ["WAVE_BYTES", "Share", "first_holders", "sent_back", "sent_to_owners", "share_of", "waves"]
+__all__ = ["WAVE_BYTES", "Share", "rows", "senders", "sent_back", "sent_to_owners", "share_of", "waves"]
 
 WAVE_BYTES = 64 * 2**20
 """Bytes of matrices that a rank works on at a time, or one matrix; as much again is sent and received."""
@@ -28,18 +29,35 @@ def share_of(boxes: Sequence[Any]) -> Share:
     return Share(sum(prod(shape) for shape, _ in parts), parts)
 
 
-def first_holders(shares: Sequence[Share]) -> set[int]:
-    """The ranks that send: of those that hold the same piece, the lowest."""
-    seen: set[str] = set()
-    found = set()
+def alike(shares: Sequence[Share]) -> list[list[int]]:
+    """The ranks that hold the same piece of a matrix, for each piece, in order."""
+    same: dict[str, list[int]] = {}
     for rank, share in enumerate(shares):
-        if not share.numel:
-            continue
-        place = repr([(shape, [str(part) for part in index]) for shape, index in share.parts])
-        if place not in seen:
-            seen.add(place)
-            found.add(rank)
-    return found
+        same.setdefault(repr([(shape, [str(part) for part in index]) for shape, index in share.parts]), []).append(rank)
+    return list(same.values())
+
+
+def senders(shares: Sequence[Share], owner: int) -> list[int]:
+    """The ranks that send a matrix to its owner: of those that hold the same piece one, in the owner's own replica.
+
+    Args:
+        shares: what each rank holds.
+        owner: of the matrix. Where it is the second that holds its piece, the second of every piece sends.
+    """
+    return _chosen(alike(shares), shares, owner)
+
+
+def _chosen(same: Sequence[Sequence[int]], shares: Sequence[Share], owner: int) -> list[int]:
+    number = next(ranks.index(owner) for ranks in same if owner in ranks)
+    return sorted(ranks[number % len(ranks)] for ranks in same if shares[ranks[0]].numel)
+
+
+def rows(numbers: Sequence[int], owners: Sequence[int], ranks: int) -> list[tuple[int | None, ...]]:
+    """Numbers of matrices, one of each owner at a time; None where an owner has no more."""
+    own: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(numbers):
+        own[owners[i]].append(i)
+    return list(itertools.zip_longest(*own))
 
 
 def waves(
@@ -72,11 +90,14 @@ def sent_to_owners(held: Sequence[Share], counts: Sequence[int]) -> list[int]:
         held: what each rank holds of one of them.
         counts: how many of them each rank owns.
     """
-    senders, every = first_holders(held), sum(counts)
-    return [
-        share.numel * (every - own) if rank in senders else 0
-        for rank, (share, own) in enumerate(zip(held, counts, strict=True))
-    ]
+    same, every = alike(held), sum(counts)
+    if len(same) == len(held):
+        return [share.numel * (every - own) for share, own in zip(held, counts, strict=True)]
+    sent = [0] * len(held)
+    for owner, own in enumerate(counts):
+        for rank in _chosen(same, held, owner) if own else ():
+            sent[rank] += held[rank].numel * own * (rank != owner)
+    return sent
 
 
 def sent_back(held: Sequence[Share], counts: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,14 +15,20 @@ __all__ = ["agreed", "gathered", "joint_groups"]
 T = TypeVar("T")
 
 
-def joint_groups(slots: Iterable[Slot]) -> list[dist.ProcessGroup]:
+def joint_groups(slots: Iterable[Slot], shared: Container[Slot] = ()) -> list[dist.ProcessGroup]:
     """The groups of more than one rank over which anything of these parameters is spread or replicated by a layout.
 
     Empty for plain parameters: nothing tells whether other ranks hold the same ones, and they may well not take part.
+
+    Args:
+        slots: of the parameters.
+        shared: those of which replicas, too, hold different state.
     """
     found: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for slot in slots:
         groups = [*slot.layout.groups]
+        if slot in shared:
+            groups += slot.layout.replica_groups
         if slot.layout.gather_group is not None:
             groups.append(slot.layout.gather_group)
         if isinstance(slot.parameter, DTensor):

@@ -32,8 +32,9 @@ class Common(TypedDict, total=False):
     - ``shard_group`` (ProcessGroup): partition update and state of replicated parameters over it (ZeRO-1).
     - ``gradient_release`` (bool, False): allow :func:`oput_dist.prepare_for_gradient_release`, after which each
       parameter is updated in the backward pass, as soon as its gradient is final, and the gradient is freed.
-    - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, and
-      the shapes of what FSDP1 (``FullyShardedDataParallel``) flattened.
+    - ``module`` (nn.Module): the module of the parameters, where ``params`` is not the module itself: gives names, the
+      shapes of what FSDP1 (``FullyShardedDataParallel``) flattened, and the replicas of DDP
+      (``DistributedDataParallel``), over which Muon, Shampoo and SOAP then share their work.
     - ``state_dtype`` (torch.dtype, or ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``): of the state; the parameter's
       own by default. Or ``"int8"``, ``"fp8"``, ``"int4"``: moving averages are kept as codes, in blocks of 256 elements
       (128 for int4) with a float32 scale each, 1.02 or 0.53 bytes an element; parameters of fewer than 4,096 elements

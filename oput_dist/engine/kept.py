@@ -96,7 +96,7 @@ class Kept:
         kept: dict[str, Any] = {"state": state, "param_groups": groups}
         if WHOLE_KEY in state_dict:
             kept[WHOLE_KEY] = True
-        ranks = joint_groups(plan.slots)
+        ranks = joint_groups(plan.slots, set(plan.slots))
         _, entries = agreed(lambda: checked(self, kept, plan), ranks, self.owner)
         meanwhile()
         fresh: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)

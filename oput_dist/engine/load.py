@@ -17,7 +17,7 @@ from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
 from .match import matched, owner_of
-from .matrices import matrices_in
+from .matrices import matrices_in, owning_slots
 from .owned import kept_by
 from .plan import Plan
 from .recipe import Group, vector_shape
@@ -65,12 +65,13 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
     torch's own method casts every state tensor to its parameter's dtype, so fp32 moments of bf16 parameters would not
     survive; and it knows nothing of pieces.
     """
-    owner, ranks = owner_of(optimizer), joint_groups(plan.slots)
+    shared = set(plan.slots) if optimizer.works_on_matrices() else set()
+    owner, ranks = owner_of(optimizer), joint_groups(plan.slots, shared)
     groups, entries = agreed(lambda: checked(optimizer, state_dict, plan), ranks, owner)
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
     for entry in entries:
         adopt(entry, state[entry.slot.parameter])
-    if optimizer.works_on_matrices():
+    if owning_slots(optimizer, plan, groups):
         _settle(optimizer, plan, groups, entries, state)
     optimizer.__setstate__({"state": state, "param_groups": groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -97,7 +98,7 @@ def _settle(
                     owned.check(entry.owned.get(entry.slot.key(name)), name)
         return None, ""
 
-    agreed(check, joint_groups(plan.slots), owner_of(optimizer))
+    agreed(check, joint_groups(plan.slots, set(plan.slots)), owner_of(optimizer))
     for entry, owned in every:
         for name in owned.names:
             value = entry.owned.get(entry.slot.key(name))

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from oput_dist.backends import compute_dtype
-from oput_dist.collectives import Matrix, Owners
+from oput_dist.collectives import Matrix, Owners, Ranks
 from oput_dist.collectives.owners import Wholes
-from oput_dist.layout import Layout, LayoutError, within
+from oput_dist.layout import LayoutError, within
 from oput_dist.matrix.work import Held, Turn, Work
 
-from .owned import Owned, allocate, kept_bytes
+from .owned import Owned, allocate, kept_by, kept_bytes
 from .plan import Plan
 from .recipe import Group, Recipe
 from .slot import Slot
 
-__all__ = ["MATRIX_STEPS", "Matrices", "matrices_in", "matrices_of", "sharing_group", "takes_part"]
+__all__ = ["MATRIX_STEPS", "Matrices", "matrices_in", "matrices_of", "owning_slots", "takes_part"]
 
 MATRIX_STEPS = "matrix_steps"
 """The key of a parameter group that counts its steps, where work on matrices falls due at some of them."""
@@ -49,7 +48,7 @@ class _Block:
 class _Family:
     """Parameters whose blocks the same ranks share."""
 
-    def __init__(self, slots: Sequence[Slot], blocks: Sequence[_Block], owners: Owners, group: Any) -> None:
+    def __init__(self, slots: Sequence[Slot], blocks: Sequence[_Block], owners: Owners, ranks: Ranks | None) -> None:
         self.slots, self.blocks, self._owners = slots, blocks, owners
         self.owned: dict[int, Owned] = {}
         self._together: set[int] = set()
@@ -60,7 +59,7 @@ class _Family:
                 mine[block.slot].append(block)
         works = {block.slot: block.work for block in blocks}
         for slot, own in mine.items():
-            self.owned[slot.index] = Owned(slot, works[slot], {block.of_slot for block in own}, group)
+            self.owned[slot.index] = Owned(slot, works[slot], {block.of_slot for block in own}, ranks)
             kinds = {(block.shape, block.work, slot.group) for block in own}
             self._kinds[slot.index] = kinds.pop() if len(kinds) == 1 else slot
 
@@ -136,27 +135,42 @@ class Matrices:
     """
 
     def __init__(self, plan: Plan, recipes: Sequence[Recipe]) -> None:
-        families: dict[object, tuple[dist.ProcessGroup | None, list[Slot], list[_Block]]] = {}
+        families: dict[object, tuple[Ranks | None, list[Slot], list[_Block]]] = {}
         first = _first_numbers(plan, recipes)
         for slot in plan.slots:
             work = recipes[slot.index].whole
             if work is None:
                 continue
-            group = sharing_group(slot.name, slot.layout)
-            ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
-            key: object = (ranks, compute_dtype(slot.dtype), slot.device if group is None else slot.device.type)
-            _, slots, blocks = families.setdefault(key, (group, [], []))
+            groups = sharers(slot)
+            key: object = (_name(groups), compute_dtype(slot.dtype), slot.device.type if groups else slot.device)
+            if key not in families:
+                families[key] = (Ranks(groups) if groups else None, [], [])
+            _, slots, blocks = families[key]
             slots.append(slot)
             for i, index in enumerate(work.blocks(tuple(slot.layout.shape))):
                 blocks.append(_Block(slot, i, first[slot] + i, index, work))
         self._families = [
-            _Family(slots, blocks, _owners(key, group, slots, blocks, plan.owners_known), group)
-            for key, (group, slots, blocks) in families.items()
+            _Family(slots, blocks, _owners(key, ranks, slots, blocks, plan.owners_known), ranks)
+            for key, (ranks, slots, blocks) in families.items()
         ]
+        layouts = [slot.layout for _, slots, _ in families.values() for slot in slots]
+        replicas = [(group, one.device) for one in layouts for group in (*one.partial_groups, *one.replica_groups)]
+        self._replicas = list({_name([pair[0]]): pair for pair in replicas}.values())
 
     def owned(self, slot: Slot) -> Owned | None:
         """The state that owners keep of a slot's blocks; None where it has no such work."""
         return next((f.owned[slot.index] for f in self._families if slot.index in f.owned), None)
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether something is so on any of the replicas that work together, which must go on alike. All must call it.
+
+        Ranks that hold other pieces agree by the sums that they take.
+        """
+        for group, device in self._replicas:
+            flag = torch.tensor(here, dtype=torch.int32, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+            here = bool(flag)
+        return here
 
     def create(self, slots: Sequence[Slot], state: State) -> None:
         """Make this rank's state of the blocks of some slots, where there is none."""
@@ -209,6 +223,14 @@ def matrices_in(optimizer: Any, plan: Plan, groups: Sequence[Group]) -> Matrices
     return matrices_of(plan, [optimizer.recipe(groups[slot.group], slot.layout.shape) for slot in plan.slots])
 
 
+def owning_slots(optimizer: Any, plan: Plan, groups: Sequence[Group]) -> set[Slot]:
+    """The slots of an optimizer with these groups of which owners keep state."""
+    if not optimizer.works_on_matrices():
+        return set()
+    works = ((slot, optimizer.recipe(groups[slot.group], slot.layout.shape).whole) for slot in plan.slots)
+    return {slot for slot, work in works if kept_by(work, slot)}
+
+
 def takes_part(slot: Slot, recipe: Recipe) -> bool:
     """Whether a parameter takes part in a step. One that is worked on whole does not while it is frozen, even with an
     old gradient: which ranks work on it must be known on all of them."""
@@ -216,7 +238,7 @@ def takes_part(slot: Slot, recipe: Recipe) -> bool:
 
 
 def _owners(
-    key: object, group: dist.ProcessGroup | None, slots: Sequence[Slot], blocks: Sequence[_Block], known: dict[Any, Any]
+    key: object, ranks: Ranks | None, slots: Sequence[Slot], blocks: Sequence[_Block], known: dict[Any, Any]
 ) -> Owners:
     """The plan of owners of some blocks, made once: to make one, ranks exchange what they hold.
 
@@ -229,7 +251,7 @@ def _owners(
     names = [(block.slot.parameter, block.slot.layout.name, block.of_slot) for block in blocks]
     if made_from not in known:
         settled = {i: known[name] for i, name in enumerate(names) if name in known}
-        known[made_from] = Owners(matrices, group, compute_dtype(slots[0].dtype).itemsize, settled)
+        known[made_from] = Owners(matrices, ranks, compute_dtype(slots[0].dtype).itemsize, settled)
     owners: Owners = known[made_from]
     known.update(zip(names, owners.owners, strict=True))
     return owners
@@ -247,19 +269,20 @@ def _facts(matrix: Matrix) -> tuple[object, ...]:
     return matrix.shape, matrix.cost, matrix.kept, matrix.piece, repr(places)
 
 
-def sharing_group(name: str, layout: Layout) -> dist.ProcessGroup | None:
-    """The ranks that hold a parameter together, replicas among them; None for this one alone.
+def sharers(slot: Slot) -> tuple[dist.ProcessGroup, ...]:
+    """The groups that connect the ranks which hold a parameter together, replicas among them; none for this one alone.
 
     Raises:
-        LayoutError: for a mesh of several dimensions that is not all ranks, whose ranks have no group in common.
+        LayoutError: for a mesh along which nothing can be sent in turn.
     """
-    groups = [*layout.groups, *layout.partial_groups]
-    if len(groups) <= 1:
-        return groups[0] if groups else None
-    if prod(dist.get_world_size(group) for group in groups) == dist.get_world_size():
-        return dist.group.WORLD
-    raise LayoutError(
-        f"{name} is spread over {len(groups)} dimensions of a mesh that does not have all ranks: its ranks have no "
-        "process group in common, in which one of them could work on the whole; use a mesh of all ranks, or of one "
-        "dimension"
-    )
+    try:
+        return slot.layout.sharers
+    except LayoutError as error:
+        raise LayoutError(f"{slot.name}: {error}") from None
+
+
+def _name(groups: Sequence[dist.ProcessGroup]) -> object:
+    """The same for groups that all ranks know to be of the same ranks. Of a mesh, one rank does not see all."""
+    if len(groups) == 1:
+        return tuple(dist.get_process_group_ranks(groups[0]))
+    return tuple(group.group_name for group in groups)

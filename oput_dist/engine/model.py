@@ -6,9 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from oput_dist.layout import Flat, LayoutError, clean_name, flattened_in, replaced_by_fsdp2, reshard_fsdp1
+from oput_dist.layout import (
+    Flat,
+    LayoutError,
+    clean_name,
+    flattened_in,
+    replaced_by_fsdp2,
+    replicated_by_ddp,
+    reshard_fsdp1,
+)
 
 from .slot import Slot
 
@@ -18,13 +27,19 @@ __all__ = ["Model", "check_not_replaced"]
 class Model:
     """What an optimizer knows of a module. It can be copied and pickled with the optimizer; the module is not.
 
+    Args:
+        module: the module.
+        shares: whether work on a parameter is shared over its replicas.
+
     Attributes:
         flattened: what the parameters stand for that FSDP1 made.
+        replicated: the ranks that hold parameters of which DDP averages the gradients, where work is shared.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module | None, shares: bool = False) -> None:
+        self._module, self._shares = module, shares
         self.flattened: Mapping[torch.Tensor, Flat] = {}
+        self.replicated: Mapping[torch.Tensor, dist.ProcessGroup] = {}
         self._homes: dict[int, tuple[nn.Module, str]] = {}
         self._names: dict[int, str] = {}
         self._layers: dict[str, int] = {}
@@ -41,6 +56,7 @@ class Model:
         if self._module is None:
             return
         self.flattened = flattened_in(self._module)
+        self.replicated = replicated_by_ddp(self._module) if self._shares else {}
         for prefix, child in self._module.named_modules():
             layer = clean_name(f"{prefix}.").removesuffix(".")
             self._layers.setdefault(layer, len(self._layers))
@@ -76,8 +92,9 @@ class Model:
         return all(other is not parameter for other in self._module.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
-        twin = Model(memo.get(id(self._module)))
+        twin = Model(memo.get(id(self._module)), self._shares)
         twin.flattened = {memo.get(id(p), p): flat for p, flat in self.flattened.items()}
+        twin.replicated = {memo.get(id(p), p): group for p, group in self.replicated.items()}
         return twin
 
     def __reduce__(self) -> Any:
@@ -85,6 +102,11 @@ class Model:
             raise TypeError(
                 "an optimizer of FSDP1 (FullyShardedDataParallel) parameters cannot be pickled, since process groups "
                 "cannot: save its state_dict()"
+            )
+        if self.replicated:
+            raise TypeError(
+                "an optimizer that shares its work over the ranks of DistributedDataParallel cannot be pickled, since "
+                "process groups cannot: save its state_dict()"
             )
         return Model, (None,)
 

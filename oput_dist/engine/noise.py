@@ -59,7 +59,8 @@ def _keys(slot: Slot, step: int) -> tuple[int, int]:
     """Of a parameter at a step: 32 bits each, with signs."""
     if slot.layout.why_no_sums is not None:
         raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
-    key = key_of("stochastic rounding", slot.name, step)
+    name = slot.name.replace("'module.", "'").replace(".module.", ".")  # as DDP calls it
+    key = key_of("stochastic rounding", name, step)
     return key >> 32, (key & (2**32 - 1)) - 2**31
 
 

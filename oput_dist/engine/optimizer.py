@@ -20,6 +20,7 @@ from .accumulation import check_accumulates
 from .common import Common
 from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, positive, signature_checks
 from .load import load_state_dict
+from .matrices import matrices_in
 from .model import Model, check_not_replaced
 from .options import GroupHandle, Options, check_rounded, group_handle, options_of, releases
 from .plan import Plan
@@ -88,7 +89,7 @@ class Optimizer(torch.optim.Optimizer):
         self._shard_group = group_handle(owner, common, "shard_group")
         self._model_group = group_handle(owner, common, "model_group")
         self._data_group = group_handle(owner, common, "data_group")
-        self._model = _model(owner, params, common)
+        self._model = _model(owner, params, common, self.works_on_matrices())
         self.skipped = 0
         self.outcome: Outcome | None = None
         self._plan: Plan | None = None
@@ -233,13 +234,18 @@ class Optimizer(torch.optim.Optimizer):
         plan = self._current_plan()
         check_not_replaced(plan.owners, self._model)
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # as GradScaler sets them
-        if overflow is not None and bool(overflow):
+        if overflow is not None and self._overflowed(plan, bool(overflow)):
             self.skipped += 1
             self.outcome = Outcome.SKIPPED
             return loss
         unscale = None if scale is None else 1.0 / scale.double()
         self.end(self.step_on(plan, self._options, not self._begun, loss, unscale))
         return loss
+
+    def _overflowed(self, plan: Plan, here: bool) -> bool:
+        """Whether an overflow was found, on any of the ranks that must step together."""
+        matrices = matrices_in(self, plan, self.param_groups) if self.works_on_matrices() else None
+        return here if matrices is None else matrices.anywhere(here)
 
     def check_step(self) -> None:
         """Raise for hyperparameters, or whatever else, with which no step can be taken now."""
@@ -359,10 +365,10 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_owners_known", {})
 
 
-def _model(owner: str, params: Params, common: Common) -> Model | None:
+def _model(owner: str, params: Params, common: Common, shares: bool) -> Model | None:
     module = common.get("module")
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"{owner}: module={module!r}: must be the nn.Module that holds the parameters")
     if module is None and isinstance(params, nn.Module):
         module = params
-    return None if module is None else Model(module)
+    return None if module is None else Model(module, shares)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from oput_dist.backends import compute_dtype
+from oput_dist.collectives import Ranks
 from oput_dist.matrix.work import Kept, Work
 
 from .slot import Slot
@@ -71,11 +71,11 @@ class Owned:
         slot: of the parameter.
         work: that is done.
         mine: which of the blocks this rank owns.
-        group: the ranks that share them; None for this one alone.
+        ranks: those that share them; None for this one alone.
     """
 
-    def __init__(self, slot: Slot, work: Work, mine: Collection[int], group: dist.ProcessGroup | None) -> None:
-        self._slot, self._group = slot, group
+    def __init__(self, slot: Slot, work: Work, mine: Collection[int], ranks: Ranks | None) -> None:
+        self._slot, self._ranks = slot, ranks
         self._all = kept_by(work, slot)
         self._own = {name: [r for r in state.ranges if r.block in mine] for name, state in self._all.items()}
 
@@ -123,7 +123,7 @@ class Owned:
         return found
 
     def whole(self, state: Mapping[str, object], name: str) -> torch.Tensor:
-        """The state of all blocks. Every rank of the group must call it.
+        """The state of all blocks. Every rank that shares them must call it.
 
         Bits are added up, not numbers: every element has one owner, and 0 + x would turn -0.0 into 0.0.
         """
@@ -134,19 +134,20 @@ class Owned:
             assert isinstance(value, torch.Tensor)
             result[one.start : one.start + one.length] = value[at : at + one.length]
             at += one.length
-        if self._group is not None:
-            dist.all_reduce(result.view(torch.uint8), group=self._group)
+        if self._ranks is not None:
+            self._ranks.add_up(result.view(torch.uint8))
         return result
 
     def spread(self, state: Mapping[str, object], name: str) -> torch.Tensor | None:
-        """The state of all blocks as checkpoints hold it: each rank has a part. None where no mesh can say that.
+        """The state of all blocks as checkpoints hold it: each rank has a part; of replicas each has all of it, on the
+        CPU, as no rank need have room for it on its device. None where no mesh can say that.
 
-        Every rank of the group must call it.
+        Every rank that shares them must call it.
         """
         kept = self._all[name]
         made = self._slot.layout.spread(kept.length, kept.dtype)
         if made is None:
-            return None
+            return None if self._ranks is None or self._slot.layout.groups else self.whole(state, name).cpu()
         tensor, local, start = made
         local.copy_(self.whole(state, name)[start : start + local.numel()])
         return tensor

@@ -150,7 +150,9 @@ def _layouts(
     parameter: torch.Tensor, name: str, shard_group: dist.ProcessGroup | None, model: Model | None
 ) -> list[Layout]:
     try:
-        return layouts_of(parameter, shard_group, None if model is None else model.flattened)
+        if model is None:
+            return layouts_of(parameter, shard_group)
+        return layouts_of(parameter, shard_group, model.flattened, model.replicated)
     except LayoutError as error:
         raise LayoutError(f"{name}: {error}") from None
 

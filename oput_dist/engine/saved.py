@@ -13,7 +13,7 @@ from oput_dist.layout.flattened import is_flattened
 
 from .agree import gathered, joint_groups
 from .coded import with_tensors
-from .matrices import matrices_in
+from .matrices import matrices_in, owning_slots
 from .owned import kept_by
 from .slot import Slot
 from .writing import COMPENSATION
@@ -88,10 +88,12 @@ def _decode(optimizer: Any, saved: dict[str, Any]) -> None:
 
 def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:
     """Put in place of what owners of matrices keep for themselves what checkpoints reshard; all ranks must call it."""
-    plan = optimizer._current_plan() if optimizer.works_on_matrices() else None
-    if plan is None:
+    if not optimizer.works_on_matrices():
         return
-    groups = optimizer.param_groups
+    plan, groups = optimizer._current_plan(), optimizer.param_groups
+    owning = owning_slots(optimizer, plan, groups)
+    if not owning:  # so that replicas of Muon need not meet
+        return
     matrices = matrices_in(optimizer, plan, groups)
     keys = {
         p: key
@@ -102,7 +104,7 @@ def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:
     present = [
         [slot.key(name) in optimizer.state.get(slot.parameter, {}) for name in owned.names] for slot, owned in every
     ]
-    present = gathered(present, _anywhere, joint_groups(plan.slots))
+    present = gathered(present, _anywhere, joint_groups(plan.slots, owning))
     for (slot, owned), row in zip(every, present, strict=True):
         state = optimizer.state.get(slot.parameter, {})
         made = {slot.key(n): owned.spread(state, n) for n, there in zip(owned.names, row, strict=True) if there}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ def gradient_scale(
     options: Options,
     model: Sequence[dist.ProcessGroup],
     unscale: torch.Tensor | None,
+    anywhere: Callable[[bool], bool],
 ) -> dict[torch.device, torch.Tensor] | None:
     """What multiplies every gradient, on each device, where that is not 1; None to skip the step on all ranks.
 
@@ -47,6 +48,7 @@ def gradient_scale(
         options: of the optimizer.
         model: groups over which ranks hold different parameters.
         unscale: what multiplies every gradient before all else, 0-d; None for 1.
+        anywhere: whether something is so on any rank that must do alike.
     """
     factor = unscale
     if options.max_grad_norm is not None or options.skip_nonfinite:
@@ -56,7 +58,7 @@ def gradient_scale(
         total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
         for group in model:
             dist.all_reduce(total, group=group)
-        if options.skip_nonfinite and not bool(torch.isfinite(total)):
+        if options.skip_nonfinite and anywhere(not bool(torch.isfinite(total))):
             return None
         if options.max_grad_norm is not None:
             scale = 1.0 if factor is None else factor.to(home, torch.float64)

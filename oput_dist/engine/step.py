@@ -132,7 +132,8 @@ class Step:
             choose(self._options.backends, device, 0)
         active = [(slot, gradient) for slot, gradient in gradients if slot.numel]
         self._check_loss(present)
-        scale = gradient_scale(self._plan, active, self._options, self._spread.model, self._unscale)
+        agree = bool if matrices is None else matrices.anywhere
+        scale = gradient_scale(self._plan, active, self._options, self._spread.model, self._unscale, agree)
         if scale is None:
             return Outcome.SKIPPED
         scratch = {} if matrices is None else self._scratch()
@@ -180,7 +181,8 @@ class Step:
         if matrices is not None:
             matrices.create([slot for slot in self._plan.slots if slot.parameter.grad is not None], self.state)
         tables = norm_tables(self._plan, [(s, gradient) for s, gradient in gradients if s.numel], self._options)
-        return not any(bool((table != 0).any()) for table in tables.values())
+        moving = any(bool((table != 0).any()) for table in tables.values())
+        return not (moving if matrices is None else matrices.anywhere(moving))
 
     def _buckets(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -37,8 +37,9 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
     training goes on along the same trajectory. Its form is torch's, with one entry for each original parameter, also
     where FSDP1 made one flat parameter of several.
 
-    Every rank that holds a part of the parameters must call this. Beyond the result, no rank holds more than one whole
-    state tensor at a time.
+    Every rank that holds a part of the parameters must call this; where ``Shampoo`` or ``SOAP`` got a module under
+    ``DistributedDataParallel`` all its ranks, since each has a part of the state. Beyond the
+    result, no rank holds more than one whole state tensor at a time.
 
     Args:
         optimizer: the optimizer.
@@ -57,8 +58,9 @@ def full_state_dict(optimizer: Own, *, keep: bool = True) -> dict[str, Any]:
         if slot.layout.why_no_sums is not None:
             raise LayoutError(f"{slot.name}: its whole state cannot be put together. {slot.layout.why_no_sums}")
     recipes = [optimizer.recipe(optimizer.param_groups[slot.group], slot.layout.shape) for slot in plan.slots]
-    matrices = matrices_of(plan, recipes)
-    found, steps = _everywhere(optimizer, plan, recipes)
+    owning = {slot for slot, recipe in zip(plan.slots, recipes, strict=True) if kept_by(recipe.whole, slot)}
+    matrices = matrices_of(plan, recipes) if owning else None
+    found, steps = _everywhere(optimizer, plan, recipes, owning)
     scratch: dict[torch.device, torch.Tensor] = {}
     state: dict[int, dict[str, Any]] = {}
     for i, slot in enumerate(plan.slots):
@@ -86,7 +88,9 @@ def _shaped(recipe: Recipe) -> tuple[str, ...]:
     return (*recipe.state, COMPENSATION)
 
 
-def _everywhere(optimizer: Own, plan: Plan, recipes: Sequence[Recipe]) -> tuple[list[_Found], list[float | None]]:
+def _everywhere(
+    optimizer: Own, plan: Plan, recipes: Sequence[Recipe], owning: Container[Slot]
+) -> tuple[list[_Found], list[float | None]]:
     """What state each slot has on any rank, and its step count: the largest, as a rank without gradient lags behind."""
     found: list[tuple[_Found, float | None]] = []
     for slot, recipe in zip(plan.slots, recipes, strict=True):
@@ -95,7 +99,7 @@ def _everywhere(optimizer: Own, plan: Plan, recipes: Sequence[Recipe]) -> tuple[
         kept = [name for name in kept_by(recipe.whole, slot) if own.get(slot.key(name)) is not None]
         dtypes |= {name: own[slot.key(name)].dtype for name in kept}
         found.append((dtypes, float(own["step"]) if "step" in own else None))
-    found = gathered(found, _merged, joint_groups(plan.slots))
+    found = gathered(found, _merged, joint_groups(plan.slots, owning))
     return [dtypes for dtypes, _ in found], [step for _, step in found]
 
 

@@ -97,7 +97,9 @@ class Wrapper(NoAccumulation, torch.optim.Optimizer):
         self._check(settings)
         for group in inner.param_groups:
             self._check({name: group.get(f"{self.prefix}_{name}", value) for name, value in settings.items()})
-        self._model = Model(module) if module is not None else getattr(inner, "_model", None)
+        self._model = getattr(inner, "_model", None)  # which tells how the state of ``inner`` is laid out
+        if self._model is None and module is not None:
+            self._model = Model(module)
         self._settings = named
         self._kept = Kept(owner, self.keeps)
         self._plan: Plan | None = None
@@ -230,7 +232,8 @@ class Wrapper(NoAccumulation, torch.optim.Optimizer):
             return False
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         zero = all(not bool(whole_or_local(gradient).any()) for gradient in gradients)
-        return gathered(zero, all, joint_groups(self.plan().slots))
+        slots = self.plan().slots
+        return gathered(zero, all, joint_groups(slots, set(slots)))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -247,6 +250,8 @@ class Wrapper(NoAccumulation, torch.optim.Optimizer):
                 self._model.refresh()
             shard_group = None if group is None else group.group
             self._plan = Plan.of(self.param_groups, self._kept.state, shard_group, self._sums, self._model)
+            if isinstance(origin, Optimizer):
+                self._plan.owners_known = origin._owners_known
         return self._plan
 
     _current_plan = plan

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, within
-from .ddp import Reduction, ddp_modules, why_not_by_bucket
+from .ddp import Reduction, ddp_modules, replicated_by_ddp, why_not_by_bucket
 from .dtensor import Distributed, local_tensor
 from .flat import dense_strides, flat, same_order
 from .flattened import Flattened, is_flattened
@@ -50,6 +50,7 @@ __all__ = [
     "local_tensor",
     "managed_by_fsdp2",
     "replaced_by_fsdp2",
+    "replicated_by_ddp",
     "reshard_fsdp1",
     "reshard_fsdp2",
     "same_order",
@@ -65,6 +66,7 @@ def layouts_of(
     parameter: torch.Tensor,
     shard_group: dist.ProcessGroup | None = None,
     flattened: Mapping[torch.Tensor, Flat] | None = None,
+    replicated: Mapping[torch.Tensor, dist.ProcessGroup] | None = None,
 ) -> list[Layout]:
     """The layouts of a parameter: one, or one for each original parameter of one that FSDP1 flattened.
 
@@ -74,6 +76,7 @@ def layouts_of(
         parameter: a plain tensor, a DTensor, or what FSDP1 made.
         shard_group: partition the update and the state of a replicated parameter over this group (ZeRO-1).
         flattened: what :func:`flattened_in` found in the module.
+        replicated: what :func:`replicated_by_ddp` found in it.
 
     Raises:
         LayoutError: for a parameter that is sharded already and a ``shard_group``, or with partial placements, or on a
@@ -83,10 +86,14 @@ def layouts_of(
         if shard_group is not None:
             raise LayoutError(_ALREADY.format("was sharded by FSDP1 (FullyShardedDataParallel)"))
         return fsdp1_layouts(parameter, flattened[parameter])
-    return [layout_of(parameter, shard_group)]
+    return [layout_of(parameter, shard_group, (replicated or {}).get(parameter))]
 
 
-def layout_of(parameter: torch.Tensor, shard_group: dist.ProcessGroup | None = None) -> Layout:
+def layout_of(
+    parameter: torch.Tensor,
+    shard_group: dist.ProcessGroup | None = None,
+    replicated: dist.ProcessGroup | None = None,
+) -> Layout:
     """The layout of a parameter of which no module is known. See :func:`layouts_of`."""
     if isinstance(parameter, DTensor):
         layout = Distributed(parameter)
@@ -97,7 +104,7 @@ def layout_of(parameter: torch.Tensor, shard_group: dist.ProcessGroup | None = N
         if shard_group is not None:
             raise LayoutError(_ALREADY.format("was sharded by FSDP1 (FullyShardedDataParallel)"))
         return Flattened(parameter)
-    return Plain(parameter) if shard_group is None else Partitioned(parameter, shard_group)
+    return Plain(parameter, None, replicated) if shard_group is None else Partitioned(parameter, shard_group)
 
 
 _ALREADY = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ class Layout(ABC):
             parameter but updates only its piece; None otherwise.
         partial_groups: the process groups over which a gradient may come as partial sums, for all ranks of them alike;
             decided by metadata only. See :meth:`partial`.
+        replica_groups: the process groups, beside those of a mesh, over which wrappers keep copies of this rank's piece
+            equal by averaging gradients: DDP's, and those of FSDP1's replicas, where they are known.
         why_no_sums: why sums over the whole parameter cannot be taken here, and what to do; None if they can.
     """
 
@@ -40,7 +43,23 @@ class Layout(ABC):
     groups: tuple[dist.ProcessGroup, ...] = ()
     gather_group: dist.ProcessGroup | None = None
     partial_groups: tuple[dist.ProcessGroup, ...] = ()
+    replica_groups: tuple[dist.ProcessGroup, ...] = ()
     why_no_sums: str | None = None
+
+    @property
+    def sharers(self) -> tuple[dist.ProcessGroup, ...]:
+        """The process groups that connect all ranks that hold a piece or a replica: one, or one along each dimension of
+        a mesh. Empty for this rank alone.
+
+        Raises:
+            LayoutError: for ranks that nothing connects in order.
+        """
+        groups = (*self.groups, *self.partial_groups, *self.replica_groups)
+        if len(groups) <= 1:
+            return groups
+        if prod(dist.get_world_size(group) for group in groups) == dist.get_world_size():
+            return (dist.group.WORLD,)  # type: ignore[return-value]
+        return (*self.groups, *self.partial_groups)  # replicas may be numbered in any way
 
     @property
     @abstractmethod

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Reduction", "ddp_modules", "why_not_by_bucket"]
+__all__ = ["Reduction", "ddp_modules", "replicated_by_ddp", "why_not_by_bucket"]
 
 Receiver = Callable[[Sequence[torch.Tensor]], None]
 """Called with parameters whose ``grad`` is final; may free it."""
@@ -23,6 +23,17 @@ _KEPT = "_oput_reduction"
 def ddp_modules(module: nn.Module) -> list[DistributedDataParallel]:
     """All ``DistributedDataParallel`` in a module, itself among them."""
     return [child for child in module.modules() if isinstance(child, DistributedDataParallel)]
+
+
+def replicated_by_ddp(module: nn.Module) -> dict[torch.Tensor, dist.ProcessGroup]:
+    """The parameters in a module whose gradients DDP averages, each with the ranks that hold it: more than this one."""
+    return {
+        parameter: ddp.process_group
+        for ddp in ddp_modules(module)
+        if dist.get_world_size(ddp.process_group) > 1
+        for name, parameter in ddp.module.named_parameters()
+        if name not in ddp.parameters_to_ignore
+    }
 
 
 def why_not_by_bucket(ddp: DistributedDataParallel) -> str | None:

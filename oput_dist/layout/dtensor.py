@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .base import Layout, LayoutError
@@ -46,6 +47,22 @@ class Distributed(Layout):
 
     def _groups(self, dims: Iterable[int]) -> tuple[dist.ProcessGroup, ...]:
         return tuple(self._mesh.get_group(dim) for dim in dims)
+
+    @functools.cached_property
+    def sharers(self) -> tuple[dist.ProcessGroup, ...]:
+        found = super().sharers
+        if len(found) <= 1:
+            return found
+        if (flattened := _flattened(self._mesh)) is not None:
+            return (flattened,)
+        for dim in range(self._mesh.ndim):
+            if bool((self._mesh.mesh.diff(dim=dim) < 0).any()):
+                raise LayoutError(
+                    f"the ranks of {self._mesh} do not ascend along each dimension, so that nothing can be sent along "
+                    "one after the other: make the mesh of ranks in order, or have all ranks flatten it before this "
+                    "optimizer steps: mesh._flatten()"
+                )
+        return self._groups(dim for dim in range(self._mesh.ndim) if self._mesh.size(dim) > 1)
 
     @functools.cached_property
     def boxes(self) -> tuple[Box, ...]:
@@ -151,6 +168,14 @@ class Distributed(Layout):
 
     def _everywhere(self, whole: torch.Tensor) -> DTensor:
         return DTensor.from_local(whole, self._mesh, [Replicate()] * self._mesh.ndim, run_check=False)
+
+
+def _flattened(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of all ranks of a mesh, if ``_flatten()`` made one: as it takes all ranks of the world, not here."""
+    root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    groups = [flat.get_group() for flat in getattr(root, "_flatten_mapping", {}).values() if flat.ndim == 1]
+    return next((group for group in groups if sorted(dist.get_process_group_ranks(group)) == ranks), None)
 
 
 def _share(placement: Placement, ranks: int) -> float:

@@ -56,6 +56,8 @@ class Original:
     """Where the range begins in this rank's flat parameter."""
     groups: tuple[dist.ProcessGroup, ...]
     """The group of ranks that hold the other ranges; replicas are not in it."""
+    replica_groups: tuple[dist.ProcessGroup, ...] = ()
+    """Those of the replicas."""
 
     @functools.cached_property
     def boxes(self) -> tuple[Box, ...]:
@@ -93,7 +95,8 @@ def flattened_in(module: nn.Module) -> dict[torch.Tensor, Flat]:
             continue
         flat: Any = handle.flat_param
         prefix = names[id(handle._fully_sharded_module)]
-        originals = tuple(_originals(handle, prefix))
+        among = getattr(unit, "_inter_node_pg", None)
+        originals = tuple(_originals(handle, prefix, () if among is None else (among,)))
         sharded = handle.uses_sharded_strategy
         if flat._params is None:
             found[flat] = Flat(originals, flat._sharded_size.numel(), False)
@@ -103,14 +106,17 @@ def flattened_in(module: nn.Module) -> dict[torch.Tensor, Flat]:
     return found
 
 
-def _originals(handle: Any, prefix: str) -> Iterator[Original]:
+def _originals(handle: Any, prefix: str, among: tuple[dist.ProcessGroup, ...]) -> Iterator[Original]:
+    """The originals of a flat parameter; ``among`` has the group over which replicas are averaged."""
     flat = handle.flat_param
     if any(extension is not None for extension in flat._param_extensions):
         raise LayoutError(
             f"{clean_name(flat._fqns[0])} is tensor-parallel inside FullyShardedDataParallel, which flattens its local "
             "piece: use torch.distributed.fsdp.fully_shard (FSDP2) with tensor parallelism"
         )
-    groups = (handle.process_group,) if handle.uses_sharded_strategy and handle.world_size > 1 else ()
+    own = (handle.process_group,) if handle.world_size > 1 else ()
+    groups, replicas = (own, among) if handle.uses_sharded_strategy else ((), (*own, *among))
+    replicas = tuple(group for group in replicas if dist.get_world_size(group) > 1)
     columns = (flat._fqns, flat._shapes, flat._strides, flat._contiguities, flat._shard_param_infos)
     for name, shape, strides, contiguous, info in zip(*columns, strict=True):
         order = range(len(shape)) if contiguous else sorted(range(len(shape)), key=lambda dim: -strides[dim])
@@ -122,6 +128,7 @@ def _originals(handle: Any, prefix: str) -> Iterator[Original]:
             numel=info.numel_in_shard if info.in_shard else 0,
             offset=info.offset_in_shard if info.in_shard else 0,
             groups=groups,
+            replica_groups=replicas,
         )
 
 
@@ -132,7 +139,9 @@ def fsdp1_layouts(parameter: torch.Tensor, flat: Flat) -> list[Layout]:
         LayoutError: while FSDP1 holds the whole parameter, as between forward and backward.
     """
     if flat.whole:
-        return [Plain(parameter, flat.originals[0].name)]
+        whole = Plain(parameter, flat.originals[0].name)
+        whole.replica_groups = flat.originals[0].replica_groups
+        return [whole]
     if tuple(parameter.shape) != (flat.size,):
         raise LayoutError(
             f"FSDP1 holds it with shape {tuple(parameter.shape)} now and not as this rank's {flat.size} elements: "
@@ -149,6 +158,7 @@ class Fragment(Layout):
 
     def __init__(self, parameter: torch.Tensor, original: Original, size: int) -> None:
         self.name, self.shape, self.groups = original.name, original.shape, original.groups
+        self.replica_groups = original.replica_groups
         self.device = parameter.device
         self._original, self._size = original, size
         self._alone = size == original.numel

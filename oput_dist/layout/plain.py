@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
@@ -15,10 +16,19 @@ __all__ = ["Plain"]
 
 
 class Plain(Layout):
-    """A parameter that is whole on this rank."""
+    """A parameter that is whole on this rank.
 
-    def __init__(self, parameter: torch.Tensor, name: str | None = None) -> None:
+    Args:
+        parameter: the parameter.
+        name: its qualified name, where it is known.
+        replicated: the group over which it is known to be replicated.
+    """
+
+    def __init__(
+        self, parameter: torch.Tensor, name: str | None = None, replicated: dist.ProcessGroup | None = None
+    ) -> None:
         self.name = name
+        self.replica_groups = () if replicated is None else (replicated,)
         self.shape = parameter.shape
         self.device = parameter.device
         self._strides = dense_strides(parameter)

@@ -11,14 +11,16 @@ import torch
 
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives.balance import assigned, least_load
+from oput_dist.collectives.gather import buckets, width
 from oput_dist.collectives.nearness import nearest
-from oput_dist.collectives.routes import WAVE_BYTES, Share, sent_back, sent_to_owners, share_of, waves
+from oput_dist.collectives.routes import WAVE_BYTES, Share, rows, sent_back, sent_to_owners, share_of, waves
 from oput_dist.engine.owned import kept_bytes
 from oput_dist.engine.slot import Slot
 from oput_dist.layout import within
 from oput_dist.matrix.work import Work
 
 from .given import Given
+from .sums import Exchange
 from .world import World
 
 __all__ = ["Ownership", "ownership"]
@@ -42,6 +44,8 @@ class Ownership:
     """What the busiest rank must have while no block is split: operations, and bytes."""
     exchanges: int = 0
     """All-to-alls."""
+    told: tuple[Exchange, ...] = ()
+    """All-gathers in which replicas tell each other what they made; each as :func:`oput_dist.planning.sums.gathers`."""
 
     @property
     def least_imbalance(self) -> tuple[float, float]:
@@ -59,6 +63,7 @@ class Ownership:
             _added(self.back, other.back),
             (self.least[0] + other.least[0], self.least[1] + other.least[1]),
             self.exchanges + other.exchanges,
+            self.told + other.told,
         )
 
 
@@ -104,7 +109,7 @@ def ownership(given: Given, world: World, slots: Sequence[Slot]) -> Ownership:
 
 def _family(dtype: torch.dtype, members: Sequence[tuple[Slot, Work]], world: World) -> Ownership:
     """Of parameters whose blocks travel together, as in :class:`oput_dist.engine.matrices.Matrices`."""
-    workers = 1 if world.replicated else world.ranks
+    workers = world.ranks
     known: dict[tuple[torch.Size, Work], list[_Kind]] = {}
     blocks: list[_Kind] = []
     for slot, work in members:
@@ -119,23 +124,36 @@ def _family(dtype: torch.dtype, members: Sequence[tuple[Slot, Work]], world: Wor
     for i, owner in enumerate(owners):
         cost[owner] += costs[i]
         own[owner] += kept[i]
-    to, back = _sent(blocks, owners, workers, dtype.itemsize)
     least = (least_load(costs, workers), least_load(kept, workers))
     if workers == 1:
-        return Ownership(cost * world.ranks, own * world.ranks, to * world.ranks, back * world.ranks, least)
-    number = len(waves([block.shape for block in blocks], owners, workers, dtype.itemsize, WAVE_BYTES))
-    return Ownership(cost, own, to, back, least, 2 * number)
+        return Ownership(cost, own, [0], [0], least)
+    sent = waves([block.shape for block in blocks], owners, workers, dtype.itemsize, WAVE_BYTES)
+    if world.replicated:
+        told = tuple(one for wave in sent for one in _told(wave, blocks, owners, workers, dtype))
+        return Ownership(cost, own, [0] * workers, [sum(sent for _, sent in told)] * workers, least, 0, told)
+    to, back = _sent(blocks, owners, workers, dtype.itemsize)
+    return Ownership(cost, own, to, back, least, 2 * len(sent))
+
+
+def _told(
+    wave: Sequence[int], blocks: Sequence[_Kind], owners: Sequence[int], workers: int, dtype: torch.dtype
+) -> list[Exchange]:
+    """The all-gathers after a wave, as in :class:`oput_dist.collectives.Owners`."""
+    nothing = torch.empty(0, dtype=dtype, device="meta")
+    made = {i: torch.empty(blocks[i].shape, dtype=dtype, device="meta") for i in wave}
+    tensors = [[nothing if i is None else made[i] for i in row] for row in rows(wave, owners, workers)]
+    return [(workers, (workers - 1) * width(bucket) * dtype.itemsize) for bucket in buckets(tensors)]
 
 
 def _kinds(slot: Slot, work: Work, dtype: torch.dtype, world: World) -> list[_Kind]:
     """The blocks of a parameter."""
-    ranks = range(1 if world.replicated else world.ranks)
+    ranks = range(1 if world.replicated else world.ranks)  # replicas all hold the same
     boxes = [world.layout_of(slot.layout.shape, rank).boxes for rank in ranks]
     found = []
     for index in work.blocks(tuple(slot.layout.shape)):
         shape = tuple(part.stop - part.start for part in index)
         parts = ([part for box in own for part in within(box, index)] for own in boxes)
-        held = tuple(share_of(own) if own else _NOTHING for own in parts)
+        held = tuple(share_of(own) if own else _NOTHING for own in parts) * (world.ranks // len(ranks))
         found.append(
             _Kind(shape, work.cost(shape), kept_bytes(work, shape, dtype), held, tuple(own.numel for own in held))
         )

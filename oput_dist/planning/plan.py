@@ -44,7 +44,8 @@ def plan(
         optimizer: a name (``oput.available()`` lists them) or class, made with ``options``; or one that is made.
         mesh: number of ranks; ``(replicas, shards)`` for HSDP; or a mesh. Default 1.
         layout: ``"fsdp2"``, rows of each parameter on each rank; ``"zero1"``, whole parameters, and state for rows of
-            each (``shard_group=``); ``"ddp"``, everything on each rank; ``"hsdp"``, FSDP2 within each row of a mesh of
+            each (``shard_group=``); ``"ddp"``, everything on each rank, but whole matrices shared as where
+            the optimizer gets the module; ``"hsdp"``, FSDP2 within each row of a mesh of
             two dimensions. Default None: fsdp2, or hsdp for such a mesh.
         dtype: of parameters that are given as shapes. Default float32.
         machine: the constants of the estimate; None for :class:`oput_dist.Machine` as it is. Default None.
@@ -68,7 +69,7 @@ def plan(
     slots = params.slots(world, 0)
     memory, owners = held(params, world), ownership(params, world, slots)
     alone = World("ddp", (1,))
-    kept = sum(owners.kept) // (world.ranks if world.replicated else 1)
+    kept = sum(owners.kept)
     sums, rows = all_reduces(params, world, slots), gathers(world, slots)
     sent = _sent(world, sums, rows, owners)
     return Forecast(
@@ -85,7 +86,7 @@ def plan(
         collectives={
             "all-reduce": len(sums),
             "all-to-all": owners.exchanges,
-            "all-gather": len(rows),
+            "all-gather": len(rows) + len(owners.told),
         },
         owner_seconds=Spread.of([cost / machine.matrix_rate for cost in owners.cost]),
         owner_bytes=Spread.of(owners.kept),
@@ -118,7 +119,7 @@ def _seconds(
 ) -> dict[str, float]:
     """The time of the busiest rank, by purpose."""
     moved = max(owners.to_owners) + max(owners.back)
-    waits = owners.exchanges * machine.collective(world.ranks, 0)
+    waits = (owners.exchanges + len(owners.told)) * machine.collective(world.ranks, 0)
     sending = machine.collective(world.ranks, moved) - machine.collective(world.ranks, 0)
     return {
         "passes": max(one.traffic for one in memory) / machine.memory_rate,

@@ -40,7 +40,7 @@ class World:
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank holds and updates everything, so that each works for itself."""
+        """Whether every rank holds and updates everything, but for work on whole matrices, which is shared."""
         return self.layout == "ddp"
 
     def _layout_of(self, shape: torch.Size, rank: int) -> Layout:
