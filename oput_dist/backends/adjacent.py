@@ -33,7 +33,7 @@ def joined(batch: Batch) -> Batch:
     )
     old = batch.scalars
     scalars = Scalars(old.kind, old.rows, [old.which[run[0]] for run in runs], old.device)
-    states = list(zip(*state, strict=True)) if state else [()] * len(runs)
+    states: list[tuple[torch.Tensor, ...]] = list(zip(*state, strict=True)) if state else [()] * len(runs)
     cache = batch.cache.setdefault(("joined", *sizes), {})
     return Batch(p, g, states, scalars, batch.prologue, batch.scale, cache)
 

@@ -50,7 +50,7 @@ class Joined:
         self._groups: _Groups = []  # the parameter groups, as they came
         self._losses: deque[torch.Tensor] | None = None
         self._estimate: dict[str, Any] | None = None
-        self._optimizer.step, self._origin.rewrite = self.step, self.rewrite
+        self._optimizer.step, self._origin.rewrite = self.step, self.rewrite  # type: ignore[method-assign]
         if hasattr(self._origin, "update_hessian"):
             self._update_hessian, self._origin.update_hessian = self._origin.update_hessian, self.update_hessian
         wrappers: list[Any] = wrappers_of(optimizer)
