@@ -47,6 +47,7 @@ def even(name: str, elements: int, tensors: int) -> Case:
 CASES = {
     "large": even("large", 30_000_000, 1),
     "small": even("small", 1_000_000, 1_000),
+    "medium": Case("medium", _gpt(9, 512, 3_000)),
     "model": Case("model", _gpt(12, 1024, 50_257)),
 }
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import oput_dist as oput
 from tests.deepspeed_worlds import enter
 from tests.pool import Pool
 
@@ -70,7 +69,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def refusal(config: dict[str, Any], optimizer: Any = None) -> tuple[str, str]:
+def refusal(config: dict[str, Any]) -> tuple[str, str]:
     """The type and text of what ``initialize`` raises."""
     deepspeed = enter()
     model = torch.nn.Linear(3, 2)
@@ -80,10 +79,8 @@ def refusal(config: dict[str, Any], optimizer: Any = None) -> tuple[str, str]:
         "zero_optimization": {"stage": 1},
         **config,
     }
-    if optimizer is not None:
-        optimizer, _ = optimizer(list(model.parameters())), config.pop("optimizer")
     try:
-        deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=model.parameters(), config=config)
+        deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -96,16 +93,6 @@ def test_refused_at_initialize(pool: Pool, name: str) -> None:
         assert kind == "ConfigError"
         assert said.startswith("DeepSpeed's configuration, ")
         assert text in said
-
-
-def wrapped(params: Any) -> Any:
-    return oput.EMA(oput.AdamW(params), decay=0.9)
-
-
-def test_wrappers_are_refused_where_parameters_are_exchanged(pool: Pool) -> None:
-    for kind, said in pool.run(1, refusal, {}, wrapped):
-        assert kind == "ConfigError"
-        assert "zero_optimization.stage: EMA wraps another optimizer" in said
 
 
 def another_version() -> list[str]:

@@ -92,7 +92,7 @@ def test_srun_without_a_meeting_point_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--wrap", "ema"], "zero2-ds: DeepSpeed's configuration, zero_optimization.stage: EMA wraps another"),
+        (["--wrap", "sam"], "zero2-ds: DeepSpeed's configuration, zero_optimization.stage: SAM takes passes"),
         (["--ds-config", "nowhere.json"], "--ds-config nowhere.json cannot be read"),
         (["--checkpoint", "{out}"], "--checkpoint is not for --parallel zero2-ds"),
     ],

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from oput_dist.kernels.stage import Axes, Prologue, Stage, Write, measures
+from oput_dist.kernels.stage import Axes, Prologue, Stage, Update, Write, measures
 
+from .adjacent import joined
 from .batch import Batch, Stack, compute_dtype
 from .body import Body, body_of, factors_of
 from .packing import Pack, packs, segment_sums
@@ -39,6 +40,8 @@ class TorchBackend:
 
     def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
         """See :class:`Backend`."""
+        if self.packed and type(stage) is Update and sums is None:
+            batch = joined(batch)
         dtype = compute_dtype(batch.p[0].dtype)
         scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
         rows = batch.scalars.distinct.to(dtype)

@@ -8,10 +8,11 @@ gradients, and the weights of the earlier ones are then brought up to date.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 
 from oput_dist.curvature import CurvatureError
 from oput_dist.engine import Optimizer
+from oput_dist.engine.wrapper import Wrapper, wrappers_of
 from oput_dist.layout.flattened import mark_flattened
 
+from .checks import origin_of
 from .zero import Partitioned, Zero
 
 __all__ = ["Joined", "joined_of"]
@@ -29,27 +32,31 @@ _Groups = list[dict[str, Any]]
 
 
 class Joined:
-    """Stands between DeepSpeed and an optimizer, in place of the optimizer's own ``step`` and ``rewrite``.
+    """Stands between DeepSpeed and an optimizer, in place of the optimizer's ``step`` and of what else writes weights.
 
     Until :meth:`attach`, steps do nothing: DeepSpeed makes one with zero gradients at the real learning rate while it
     builds an engine of stage 0 in low precision.
 
     Args:
-        optimizer: the optimizer.
+        optimizer: the optimizer; or wrappers around it that need no gradients but the one backward pass's.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._step, self._rewrite = optimizer.step, optimizer.rewrite
+    def __init__(self, optimizer: Optimizer | Wrapper) -> None:
+        self._optimizer: Any = optimizer
+        self._origin: Any = origin_of(optimizer)
+        self._step, self._rewrite = self._optimizer.step, self._origin.rewrite
         self._zero: Zero | None = None
         self._arrived: dict[torch.Tensor, torch.Tensor | None] = {}  # partitions of this step, with their gradients
         self._groups: _Groups = []  # the parameter groups, as they came
         self._losses: deque[torch.Tensor] | None = None
         self._estimate: dict[str, Any] | None = None
-        optimizer.step = self.step  # type: ignore[method-assign]
-        optimizer.rewrite = self.rewrite  # type: ignore[method-assign]
-        if hasattr(optimizer, "update_hessian"):
-            self._update_hessian, optimizer.update_hessian = optimizer.update_hessian, self.update_hessian
+        self._optimizer.step, self._origin.rewrite = self.step, self.rewrite  # type: ignore[method-assign]
+        if hasattr(self._origin, "update_hessian"):
+            self._update_hessian, self._origin.update_hessian = self._origin.update_hessian, self.update_hessian
+        wrappers: list[Any] = wrappers_of(optimizer)
+        for wrapper in wrappers:
+            if hasattr(wrapper, "averaged"):
+                wrapper.averaged = functools.partial(self.averaged, wrapper.averaged)
 
     def attach(self, zero: Zero, module: nn.Module) -> None:
         """Lay out the optimizer's parameters as DeepSpeed has cut them.
@@ -62,17 +69,19 @@ class Joined:
             mark_flattened(part.tensor)
         for group in self._optimizer.param_groups:
             group.pop("param_names", None)
-        self._optimizer._model = Partitioned(module, zero)
-        self._optimizer._plan = None
-        if zero.partitions and hasattr(self._optimizer, "refresh"):
-            self._optimizer.refresh = self._no_refresh
+        model, everyone = Partitioned(module, zero), [*wrappers_of(self._optimizer), self._origin]
+        for one in everyone:
+            one._model, one._plan = model, None
+        if zero.partitions and hasattr(self._origin, "refresh"):
+            self._origin.refresh = self._no_refresh
         zero.keep_hyperparameters(self._optimizer)
         with self.filled():
-            self._optimizer._current_plan()
+            for one in everyone:
+                one._current_plan()
 
     def take_losses(self, engine: Any) -> None:
         """Remember the losses that ``engine.backward`` is given, where the optimizer needs them."""
-        if "loss" not in inspect.signature(type(self._optimizer).step).parameters:
+        if "loss" not in inspect.signature(type(self._origin).step).parameters:
             return
         losses: deque[torch.Tensor] = deque(maxlen=engine.gradient_accumulation_steps())
         self._losses = losses
@@ -155,6 +164,20 @@ class Joined:
             self._rewrite(*args, **kwargs)
         self.publish_all()
 
+    @contextmanager
+    def averaged(self, own: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """A wrapper's own ``averaged``, with the model's weights after the partitions."""
+        shown = own()
+        with self.filled():
+            shown.__enter__()
+        self.publish_all()
+        try:
+            yield
+        finally:
+            with self.filled():
+                shown.__exit__(None, None, None)
+            self.publish_all()
+
     def load(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of whole tensors outside of DeepSpeed's own functions."""
         optimizer = self._optimizer
@@ -178,7 +201,7 @@ class Joined:
 
     def _no_refresh(self, *outputs: Any, force: bool = False) -> bool:
         raise CurvatureError(
-            f"{type(self._optimizer).__name__}.refresh cannot run the model's backward pass under DeepSpeed's ZeRO, "
+            f"{type(self._origin).__name__}.refresh cannot run the model's backward pass under DeepSpeed's ZeRO, "
             "which takes all gradients for the next step: call optimizer.update_hessian(batch_size) before "
             "engine.step(), which estimates from the squares of its gradients; or use stage 0"
         )

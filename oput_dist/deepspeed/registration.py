@@ -14,12 +14,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import log_dist
 
+from oput_dist import wrappers
 from oput_dist.engine import Common, Optimizer
 from oput_dist.engine.hyper import nearest
 from oput_dist.engine.wrapper import Wrapper
 from oput_dist.optimizers.registry import OPTIMIZERS, available, create, lookup
 
-from .checks import ConfigError, check_engine, check_optimizer
+from .checks import ConfigError, check_optimizer, joins, origin_of
 from .joined import Joined
 from .zero import Zero
 
@@ -28,6 +29,7 @@ __all__ = ["ConfigError", "register"]
 PREFIX = "oput."
 _OWN = ("module", "shard_group", "model_group", "data_group", "max_grad_norm", "params")
 """Options that make no sense in a configuration, or that DeepSpeed has a key of its own for."""
+_WRAPPERS = {name.lower(): name for name, kind in vars(wrappers).items() if isinstance(kind, type)}
 _DONE = "_oput_dist_registered"
 
 
@@ -66,6 +68,12 @@ def _canonical(name: str) -> str:
         ConfigError: for an unknown one, with the nearest.
     """
     asked = name[len(PREFIX) :]
+    wrapper = _WRAPPERS.get(asked.lower())
+    if wrapper is not None:
+        raise ConfigError(
+            f"DeepSpeed's configuration, optimizer.type: {wrapper} wraps another optimizer and cannot be named here: "
+            f"leave optimizer out, and call deepspeed.initialize(optimizer=oput.{wrapper}(oput.AdamW(model)), ...)"
+        )
     try:
         kind = lookup(asked)
     except ValueError as error:
@@ -78,6 +86,12 @@ def _resolving(get_name: Callable[[Mapping[str, Any]], str | None]) -> Callable[
     @functools.wraps(get_name)
     def resolving(param_dict: Mapping[str, Any]) -> str | None:
         name = get_name(param_dict)
+        if isinstance(name, str) and name.lower().startswith(PREFIX):
+            given = param_dict["optimizer"].get("params", {})
+            if not isinstance(given, dict):
+                raise ConfigError(
+                    f"DeepSpeed's configuration, optimizer.params: must be a table of options, but is {given!r}"
+                )
         return _canonical(name) if isinstance(name, str) and name.lower().startswith(PREFIX) else name
 
     return resolving
@@ -95,16 +109,16 @@ def _configuring(configure: Callable[..., None]) -> Callable[..., None]:
             configure(engine, client_optimizer, model_parameters)
             return
         check_optimizer(engine, client_optimizer)
-        if isinstance(client_optimizer, Wrapper):
+        if not joins(engine, client_optimizer):
             configure(engine, client_optimizer, model_parameters)
             return
+        _leave_gradients(engine.module, client_optimizer)
         engine._config.zero_force_ds_cpu_optimizer = False  # it would insist on one of DeepSpeed's own
         if type(client_optimizer) not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # a class of a user's
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(type(client_optimizer))
         joined = Joined(client_optimizer)
         configure(engine, client_optimizer, model_parameters)
         zero = Zero(engine.optimizer, client_optimizer)
-        check_engine(engine, client_optimizer, zero)
         joined.attach(zero, engine.module)
         joined.take_losses(engine)
         _log(engine, client_optimizer, zero)
@@ -143,6 +157,14 @@ def _from_config(engine: Any, name: str, model_parameters: Iterable[Any]) -> Opt
         raise ConfigError(f"DeepSpeed's configuration, optimizer.params: {error}") from error
 
 
+def _leave_gradients(module: torch.nn.Module, optimizer: Optimizer | Wrapper) -> None:
+    """Keep DeepSpeed, which would for a class of such a name, from orthogonalising gradients by itself."""
+    if "muon" in f"{type(optimizer).__name__} {type(origin_of(optimizer)).__name__}".lower():
+        for parameter in module.parameters():
+            if getattr(parameter, "use_muon", False):
+                parameter.use_muon = False  # type: ignore[attr-defined]
+
+
 def _of_json(key: str, value: Any) -> Any:
     """A value as Python has it: tuples, and dtypes by their names."""
     if key == "state_dtype" and isinstance(value, str):
@@ -150,7 +172,7 @@ def _of_json(key: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _log(engine: Any, optimizer: Optimizer, zero: Zero) -> None:
+def _log(engine: Any, optimizer: Optimizer | Wrapper, zero: Zero) -> None:
     stage = engine.zero_optimization_stage()
     if zero.partitions:
         numel = sum(part.tensor.numel() for part in zero.partitions)

@@ -11,6 +11,7 @@ from oput_dist.engine.whole import full_state_dict as optimizer_state_dict
 from oput_dist.engine.whole import put_together
 from oput_dist.layout import Fragment
 
+from .checks import check_whole_state
 from .joined import joined_of
 
 __all__ = ["full_state_dict", "load_full_state_dict"]
@@ -35,6 +36,7 @@ def full_state_dict(engine: Any, *, keep: bool = True) -> dict[str, Any]:
         TypeError: for an engine with another optimizer.
     """
     joined, optimizer = joined_of(engine), engine.basic_optimizer
+    check_whole_state(engine)
     with joined.filled():
         saved = optimizer_state_dict(optimizer, keep=keep)
         slots, scratch = optimizer._current_plan().slots, {}  # type: ignore[var-annotated]
@@ -54,6 +56,7 @@ def load_full_state_dict(engine: Any, saved: dict[str, Any]) -> None:
         ValueError: for the state of another model or optimizer, before anything is changed.
     """
     joined, optimizer = joined_of(engine), engine.basic_optimizer
+    check_whole_state(engine)
     weights = saved.get(WEIGHTS, {})
     with joined.filled():
         slots = optimizer._current_plan().slots

@@ -122,7 +122,7 @@ class AdaGraft(Wrapper):
         self.direction, self.scope = direction, scope
         super().__init__(magnitude, {"weight_decay": weight_decay, "eps": eps}, module)
 
-    @property
+    @property  # type: ignore[misc]  # the groups of two optimizers are not to be replaced
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Those of the magnitude optimizer, with the values of the direction optimizer's: to read, not to change."""
         for group, other in zip(self.inner.param_groups, self.direction.param_groups, strict=False):

@@ -1,0 +1,55 @@
+"""Tensors that lie one after the other in memory, as one: pieces of flat tensors (FSDP1, DeepSpeed's ZeRO).
+
+An elementwise stage does not ask where a tensor ends, and one loop over memory starts threads once, where one for each
+piece starts them as often as there are pieces, and packs the small ones besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+
+from .batch import Batch, Scalars
+
+__all__ = ["joined"]
+
+
+def joined(batch: Batch) -> Batch:
+    """The batch with tensors as one where parameters, gradients and state all lie one after the other.
+
+    Only tensors that share their scalars are joined. Where none lie so, this is the batch itself.
+    """
+    columns = [batch.p, batch.g, *(list(column) for column in zip(*batch.state, strict=True))]
+    if "runs" not in batch.cache:  # what the parameters allow does not change as long as they are the same
+        batch.cache["runs"] = list(_runs(columns[:1], batch.scalars.which, range(len(batch.p))))
+    if all(len(run) == 1 for run in batch.cache["runs"]):
+        return batch
+    runs = [part for run in batch.cache["runs"] for part in _runs(columns, batch.scalars.which, run)]
+    sizes = [sum(batch.p[i].numel() for i in run) for run in runs]
+    p, g, *state = (
+        [column[run[0]].as_strided((n,), (1,)) for run, n in zip(runs, sizes, strict=True)] for column in columns
+    )
+    old = batch.scalars
+    scalars = Scalars(old.kind, old.rows, [old.which[run[0]] for run in runs], old.device)
+    states: list[tuple[torch.Tensor, ...]] = list(zip(*state, strict=True)) if state else [()] * len(runs)
+    cache = batch.cache.setdefault(("joined", *sizes), {})
+    return Batch(p, g, states, scalars, batch.prologue, batch.scale, cache, batch.lasting)
+
+
+def _runs(columns: Sequence[Sequence[torch.Tensor]], which: Sequence[int], indices: range) -> Iterator[range]:
+    """Ranges of indices whose tensors lie one after the other in every column, of one row of scalars each."""
+    start = indices.start
+    for i, k in pairwise(indices):
+        if which[i] != which[k] or not all(_follows(column[i], column[k]) for column in columns):
+            yield range(start, k)
+            start = k
+    yield range(start, indices.stop)
+
+
+def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return (
+        second.data_ptr() == first.data_ptr() + first.nbytes
+        and second.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    )
