@@ -108,10 +108,10 @@ class Owners:
             last.finish()
 
     def _local(self, pieces: Sequence[torch.Tensor], i: int) -> torch.Tensor:
-        """A matrix that is all here: a view where it can be one."""
+        """A matrix that is all here: a view where it can be one, of any strides."""
         matrix = self._matrices[i]
         if len(matrix.boxes) == 1 and tuple(matrix.boxes[0].shape) == matrix.shape:
-            return _view(pieces[matrix.piece], matrix.boxes[0]).contiguous()  # products round as for any other layout
+            return _view(pieces[matrix.piece], matrix.boxes[0])
         return self.put_together(self.packed(pieces, [i]), 0, i)
 
     def packed(self, pieces: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:

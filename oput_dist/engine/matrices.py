@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives import Matrix, Owners
+from oput_dist.collectives.balance import assigned
 from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import Layout, LayoutError, within
 from oput_dist.matrix.work import Held, Turn, Work
@@ -36,8 +37,8 @@ class _Block:
     slot: Slot
     of_slot: int
     """Its number among the blocks of the parameter."""
-    of_group: int
-    """Its number among those of the parameter group."""
+    phases: tuple[int, ...]
+    """Of what recurs."""
     index: tuple[slice, ...]
     work: Work
 
@@ -116,9 +117,9 @@ class _Family:
                     held[slot.index] = self.owned[slot.index].views(state[slot.parameter])
         views = [held[block.slot.index][block.of_slot] if kept else {} for block in blocks]
         parts = [wholes.pop(i) for i in numbers]
-        stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        stacked = parts[0].contiguous().unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
         memory = {name: [view[name] for view in views] for name in kept}
-        turn = Turn(steps[blocks[0].slot.group], tuple(block.of_group for block in blocks))
+        turn = Turn(steps[blocks[0].slot.group], tuple(block.phases for block in blocks))
         state_of = Held({name: one.shape for name, one in kept.items()}, memory)
         made = work(stacked, state_of, turn)
         state_of.finish()
@@ -137,7 +138,7 @@ class Matrices:
 
     def __init__(self, plan: Plan, recipes: Sequence[Recipe]) -> None:
         families: dict[object, tuple[dist.ProcessGroup | None, list[Slot], list[_Block]]] = {}
-        first = _first_numbers(plan, recipes)
+        phases = _phases(plan, recipes)
         for slot in plan.slots:
             work = recipes[slot.index].whole
             if work is None:
@@ -148,7 +149,7 @@ class Matrices:
             _, slots, blocks = families.setdefault(key, (group, [], []))
             slots.append(slot)
             for i, index in enumerate(work.blocks(tuple(slot.layout.shape))):
-                blocks.append(_Block(slot, i, first[slot] + i, index, work))
+                blocks.append(_Block(slot, i, phases.get((slot, i), ()), index, work))
         self._families = [
             _Family(slots, blocks, _owners(key, group, slots, blocks, plan.owners_known), group)
             for key, (group, slots, blocks) in families.items()
@@ -176,14 +177,22 @@ class Matrices:
             family.run(memory, state, steps)
 
 
-def _first_numbers(plan: Plan, recipes: Sequence[Recipe]) -> dict[Slot, int]:
-    """The number of each slot's first block among those of its group."""
-    found: dict[Slot, int] = {}
-    counts: dict[int, int] = {}
+def _phases(plan: Plan, recipes: Sequence[Recipe]) -> dict[tuple[Slot, int], tuple[int, ...]]:
+    """When in its period falls due what recurs for each block of a slot.
+
+    Dealt out by cost, in the order of the model, over all matrices of one period: the same in every layout.
+    """
+    recurring: dict[int, list[tuple[tuple[Slot, int], float]]] = {}
     for slot in plan.in_order:
         work = recipes[slot.index].whole
-        found[slot] = counts.get(slot.group, 0)
-        counts[slot.group] = found[slot] + (0 if work is None else len(work.blocks(tuple(slot.layout.shape))))
+        for i, index in enumerate(() if work is None else work.blocks(tuple(slot.layout.shape))):
+            assert work is not None
+            period, costs = work.recurring(tuple(part.stop - part.start for part in index))
+            recurring.setdefault(period, []).extend(((slot, i), cost) for cost in costs)
+    found: dict[tuple[Slot, int], tuple[int, ...]] = {}
+    for period, every in recurring.items():
+        for (block, _), phase in zip(every, assigned([cost for _, cost in every], period), strict=True):
+            found[block] = (*found.get(block, ()), phase)
     return found
 
 

@@ -76,6 +76,8 @@ def orthogonalized(stacked: torch.Tensor, coefficients: Sequence[Sequence[float]
     tall = stacked.shape[-2] > stacked.shape[-1]
     x = stacked.mT if tall else stacked  # so that the Gram matrix is the small one
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    if x.device.type == "cpu":  # products of what is transposed take up to three times as long there
+        x = x.contiguous()
     for run in runs(coefficients, x.shape[-2], x.shape[-1], x.dtype):
         x = _iterated(x, run)
     return x.mT if tall else x

@@ -27,8 +27,9 @@ class Turn:
 
     step: int
     """Of the parameter group, from 1."""
-    numbers: tuple[int, ...]
-    """Of the matrices in their group, in the order of the stack: tells apart what is not to fall due together."""
+    phases: tuple[tuple[int, ...], ...]
+    """For each matrix of the stack, when each of its :meth:`Work.recurring` falls due: from 0 to the period, less one.
+    """
 
 
 class Held:
@@ -64,9 +65,18 @@ class Held:
             self._stacked[name] = stacked.view(len(parts), *shape)
         return self._stacked[name]
 
+    def part(self, part: slice) -> dict[str, torch.Tensor]:
+        """Of some of the matrices that follow each other, as views."""
+        return {name: self[name][part] for name in self._shapes}
+
     def only(self, places: Sequence[int]) -> Held:
         """Of some of the matrices."""
         return Held(self._shapes, {name: [parts[i] for i in places] for name, parts in self._memory.items()})
+
+    @property
+    def in_place(self) -> bool:
+        """Whether all that was asked for are views, so that this can serve again while the memory stays."""
+        return not self._copied
 
     def finish(self) -> None:
         """Write back what is not a view."""
@@ -102,6 +112,13 @@ class Work(ABC):
         """What the owner of a matrix keeps, by name; ``dtype`` is that of the computation. By default nothing."""
         return {}
 
+    def recurring(self, shape: Shape) -> tuple[int, tuple[float, ...]]:
+        """Steps of a period, and the costs of what is done for a matrix once in it. By default nothing is.
+
+        What recurs in all matrices is spread over the steps of the period, so that they take about the same time.
+        """
+        return 1, ()
+
     @abstractmethod
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        """``[n, *shape]`` of some matrices, which must not be written to, to the same shape, each by itself."""
+        """``[n, *shape]`` of some matrices, which may be written to, to the same shape, each by itself."""
