@@ -54,6 +54,7 @@ class _Family:
         self.slots, self.blocks, self._owners = slots, blocks, owners
         self.owned: dict[int, Owned] = {}
         self._together: set[int] = set()
+        self._stacks: dict[tuple[int, ...], _Stacked] = {}
         self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
         mine: dict[Slot, list[_Block]] = {block.slot: [] for block in blocks}
         for block, owner in zip(blocks, owners.owners, strict=True):
@@ -67,13 +68,11 @@ class _Family:
 
     def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
         """See :meth:`Matrices.run`."""
-        held: dict[int, dict[int, dict[str, torch.Tensor]]] = {}
-
         def work(wholes: Wholes) -> Wholes:
             return {
                 i: result
                 for alike in self._alike(wholes)
-                for i, result in self._worked_on(alike, wholes, held, state, steps).items()
+                for i, result in self._worked_on(alike, wholes, state, steps).items()
             }
 
         self.create([slot for slot in self.slots if slot.index in memory], state)
@@ -101,29 +100,44 @@ class _Family:
         return list(alike.values())
 
     def _worked_on(
-        self,
-        numbers: Sequence[int],
-        wholes: Wholes,
-        held: dict[int, dict[int, dict[str, torch.Tensor]]],
-        state: State,
-        steps: Mapping[int, int],
+        self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]
     ) -> Wholes:
+        block = self.blocks[numbers[0]]
+        held = self._held(tuple(numbers), state)
+        parts = [wholes.pop(i) for i in numbers]
+        stacked = parts[0].contiguous().unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        made = block.work(stacked, held, Turn(steps[block.slot.group], tuple(self.blocks[i].phases for i in numbers)))
+        held.finish()
+        return dict(zip(numbers, made.unbind(), strict=True))
+
+    def _held(self, numbers: tuple[int, ...], state: State) -> Held:
+        """The state of some blocks that are worked on together: that of the last step, if it is where it was."""
         blocks = [self.blocks[i] for i in numbers]
         work, shape = blocks[0].work, blocks[0].shape
         kept = work.kept(shape, compute_dtype(blocks[0].slot.dtype))
-        if kept:
-            for slot in {block.slot for block in blocks}:
-                if slot.index not in held:
-                    held[slot.index] = self.owned[slot.index].views(state[slot.parameter])
-        views = [held[block.slot.index][block.of_slot] if kept else {} for block in blocks]
-        parts = [wholes.pop(i) for i in numbers]
-        stacked = parts[0].contiguous().unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-        memory = {name: [view[name] for view in views] for name in kept}
-        turn = Turn(steps[blocks[0].slot.group], tuple(block.phases for block in blocks))
-        state_of = Held({name: one.shape for name, one in kept.items()}, memory)
-        made = work(stacked, state_of, turn)
-        state_of.finish()
-        return dict(zip(numbers, made.unbind(), strict=True))
+        if not kept:
+            return Held({}, {})
+        slots = list(dict.fromkeys(block.slot for block in blocks))
+        memory = [self.owned[slot.index].memory(state[slot.parameter], name) for slot in slots for name in kept]
+        last = self._stacks.get(numbers)
+        if last is not None and all(a is b for a, b in zip(last.memory, memory, strict=True)):
+            return last.held
+        views = {slot: self.owned[slot.index].views(state[slot.parameter]) for slot in slots}
+        parts = {name: [views[block.slot][block.of_slot][name] for block in blocks] for name in kept}
+        held = Held({name: one.shape for name, one in kept.items()}, parts)
+        if last is not None:
+            self._stacks.clear()  # or what others are views of would stay, too
+        if held.in_place:
+            self._stacks[numbers] = _Stacked(memory, held)
+        return held
+
+
+@dataclass(frozen=True, eq=False)
+class _Stacked:
+    """The state of some blocks, and the memory that it is a view of."""
+
+    memory: Sequence[torch.Tensor | None]
+    held: Held
 
 
 class Matrices:

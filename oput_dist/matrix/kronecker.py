@@ -229,9 +229,12 @@ def at(stacked: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
 
 def replace(kept: torch.Tensor, places: Sequence[int], new: torch.Tensor, good: torch.Tensor) -> None:
     """Keep what is good of something new for the matrices at some places."""
-    which = masked(good)
-    new = new.to(kept.dtype)
-    kept[list(places)] = new if which is None else where(which, new, kept[list(places)])
+    which, old = masked(good), at(kept, places)
+    made = new.to(kept.dtype) if which is None else where(which, new.to(kept.dtype), old)
+    if old.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr():
+        old.copy_(made)
+    else:
+        kept[list(places)] = made
 
 
 def cut(shape: Sequence[int], size: int | None) -> list[tuple[slice, ...]]:

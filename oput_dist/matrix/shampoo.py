@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,15 @@ __all__ = ["GRAFTS", "Precondition"]
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 _ROOT_COST = 25.0
 """Operations of an eigendecomposition of a d x d matrix, over d^3: it is slower than a product of as many."""
+
+
+class _Scales(NamedTuple):
+    """What biased averages are multiplied by, ``[n]``, float64."""
+
+    filtered: torch.Tensor
+    """The average of gradients, where there is one."""
+    squares: torch.Tensor
+    """What was divided by the root of the average of squares."""
 
 
 @dataclass(frozen=True)
@@ -80,63 +90,72 @@ class Precondition(Kronecker):
             for axis in range(gradient.dim() - 1):
                 keep_statistics(own[f"factor_{axis}"], gradient[part], axis, self.betas[1], which)
         self.refresh(held, counts, turn, gradient)
-        scratch = torch.empty_like(gradient[every[0][0]])
+        scratch, scales = torch.empty_like(gradient[every[0][0]]), self._scales(counts)
+        ready = masked(counts.refreshes > 0)
         for part, own, which in every:
-            self._step(gradient[part], own, which, scratch[: len(gradient[part])])
+            some = gradient[part]
+            fine = None if ready is None else ready[part]
+            self._step(some, own, _Scales(*(each[part] for each in scales)), which, fine, scratch[: len(some)])
         return gradient
 
-    def _step(
-        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], counting: Mask, scratch: torch.Tensor
-    ) -> None:
-        """Replace gradients by updates."""
-        counts = Counts(own[COUNTS])
-        filtered, scale = self._filtered(gradient, own, counts, counting, scratch)
-        direction, size = self._graft(gradient, filtered, own, counts, counting, scratch)
-        update = filtered
-        for axis in range(filtered.dim() - 1):
-            update = along(update, own[f"root_{axis}"].to(filtered.dtype), axis)
-        factor = scale
-        if self.graft is not None:
-            factor = scale * size * _norm(direction) / (_norm(update) + 1e-16 / scale)
-        ready = masked(counts.refreshes > 0)
-        made = torch.mul(update, broadcast(factor, update), out=update)
-        gradient.copy_(made if ready is None else where(ready, made, direction * broadcast(scale * size, direction)))
+    def _scales(self, counts: Counts) -> _Scales:
+        beta = self.graft_beta if self.graft == "adam" else 1.0
+        beta1, beta3 = self.betas[0], self.beta3 if self.betas[0] else 0.0
+        filtered = 1 / (1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0))
+        return _Scales(filtered, _correction(beta, counts).sqrt())
 
-    def _filtered(
+    def _step(
         self,
         gradient: torch.Tensor,
         own: Mapping[str, torch.Tensor],
-        counts: Counts,
+        scales: _Scales,
         counting: Mask,
+        ready: Mask,
         scratch: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The moving average that is preconditioned, and what corrects its bias: ``[n]`` float64, to multiply by."""
+    ) -> None:
+        """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
+        filtered = self._filtered(gradient, own, counting, scratch)
+        direction = self._graft(gradient, filtered, own, scales, counting, scratch)
+        update = filtered
+        for axis in range(filtered.dim() - 1):
+            update = along(update, own[f"root_{axis}"].to(filtered.dtype), axis)
+        factor, size = scales.filtered, scales.filtered * scales.squares
+        if self.graft is not None:
+            factor = size * _norm(direction) / (_norm(update) + 1e-16 / scales.filtered)
+        if ready is None:
+            torch.mul(update, broadcast(factor, update), out=gradient)
+        else:
+            made = where(ready, update * broadcast(factor, update), direction * broadcast(size, direction))
+            gradient.copy_(made)
+
+    def _filtered(
+        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], counting: Mask, scratch: torch.Tensor
+    ) -> torch.Tensor:
+        """The moving average that is preconditioned, biased."""
         beta1, beta3 = self.betas[0], self.beta3
-        steps = counts.steps.double()
         if not beta1:
-            return gradient, torch.ones_like(steps)
+            return gradient
         other = None if beta3 == beta1 else beta3 * own["exp_avg"] + (1 - beta3) * gradient
         average(own["exp_avg"], gradient, beta1, counting, scratch)
-        return own["exp_avg"] if other is None else other, 1 / (1 - beta3 * beta1 ** (steps - 1).clamp(min=0))
+        return own["exp_avg"] if other is None else other
 
     def _graft(
         self,
         gradient: torch.Tensor,
         filtered: torch.Tensor,
         own: Mapping[str, torch.Tensor],
-        counts: Counts,
+        scales: _Scales,
         counting: Mask,
         scratch: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step of the optimizer whose size the update gets, over its learning rate, and what to multiply it by."""
+    ) -> torch.Tensor:
+        """The step of the optimizer whose size the update gets, over its learning rate, biased."""
         if self.graft in (None, "sgd"):
-            return filtered, torch.ones_like(counts.steps, dtype=torch.float64)
+            return filtered
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
         average(own["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
         root = torch.sqrt(own["graft_sq"], out=scratch)
-        corrected = _correction(beta if self.graft == "adam" else 1.0, counts).sqrt()
-        root += broadcast(self.graft_eps * corrected, root)
-        return torch.div(filtered, root, out=root), corrected
+        root += broadcast(self.graft_eps * scales.squares, root)
+        return torch.div(filtered, root, out=root)
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""

@@ -126,7 +126,7 @@ class AdamInEigenbasis(Kronecker):
         places, fresh, _ = with_fresh(now, counts)
         if fresh:
             self._first(held, counts, fresh, like)
-        turning = {axis: found for axis, found in zip(axes, places, strict=True) if found}
+        turning = [(axis, some) for axis, found in zip(axes, places, strict=True) for some in _together(found, like)]
         if turning:
             self._next(held, counts, turning, like)
 
@@ -145,27 +145,42 @@ class AdamInEigenbasis(Kronecker):
             replace(held[f"basis_{axis}"], places, basis, good)
         counts.refreshed(places, good, seen)
 
-    def _next(self, held: Held, counts: Counts, turning: Mapping[int, list[int]], like: torch.Tensor) -> None:
+    def _next(
+        self, held: Held, counts: Counts, turning: Sequence[tuple[int, list[int]]], like: torch.Tensor
+    ) -> None:
         """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
         orders, given = [], []
-        for axis, places in turning.items():
-            last = at(held[f"basis_{axis}"], places).to(like.dtype)
-            product = torch.bmm(at(held[f"factor_{axis}"], places).to(like.dtype), last)
-            orders.append((last * product).sum(1).argsort(dim=-1, descending=True, stable=True))
-            given.append(torch.stack([one[:, order] for one, order in zip(product, orders[-1], strict=True)]))
+        for axis, places in turning:
+            last = _columns(at(held[f"basis_{axis}"], places).to(like.dtype))
+            product = torch.bmm(last, at(held[f"factor_{axis}"], places).to(like.dtype))  # symmetric: also columns
+            orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
+            given.append(_ordered(product, orders[-1], 0).mT)
         found = orthonormal(given)
         good = torch.ones(len(like), dtype=torch.bool, device=like.device)
-        for places, (_, fine) in zip(turning.values(), found, strict=True):
+        for (_, places), (_, fine) in zip(turning, found, strict=True):
             good[places] &= fine
-        for (axis, places), order, (basis, _) in zip(turning.items(), orders, found, strict=True):
+        for (axis, places), order, (basis, _) in zip(turning, orders, found, strict=True):
             last, which = at(held[f"basis_{axis}"], places).to(like.dtype), good[places]
-            first = at(held["exp_avg"], places)
-            turned = along(along(first, last, axis), basis.mT, axis)
-            index = order.view(len(places), *[-1 if i == axis else 1 for i in range(like.dim() - 1)])
-            squares = at(held["exp_avg_sq"], places)
-            sorted_ones = torch.take_along_dim(squares, index.expand_as(squares), axis + 1)
+            turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
             replace(held["exp_avg"], places, turned, which)
-            replace(held["exp_avg_sq"], places, sorted_ones, which)
+            replace(held["exp_avg_sq"], places, _ordered(at(held["exp_avg_sq"], places), order, axis), which)
             replace(held[f"basis_{axis}"], places, basis, which)
-        every = sorted({place for places in turning.values() for place in places})
+        every = sorted({place for _, places in turning for place in places})
         counts.refreshed(every, good[every], torch.ones_like(good[every]))
+
+
+def _together(places: list[int], like: torch.Tensor) -> list[list[int]]:
+    """Places to be worked on together: on CPUs each by itself, so that nothing is copied to make a stack."""
+    return [[place] for place in places] if like.device.type == "cpu" else [places] if places else []
+
+
+def _columns(stacked: torch.Tensor) -> torch.Tensor:
+    """The columns of each matrix as rows, which lie together in memory. (One by one: a stack's copy is slow.)"""
+    return torch.stack([one.T.contiguous() for one in stacked]) if len(stacked) > 1 else stacked[0].T.contiguous()[None]
+
+
+def _ordered(stacked: torch.Tensor, order: torch.Tensor, axis: int) -> torch.Tensor:
+    """Each of ``[n, *shape]`` with an axis in an order of its own, ``[n, shape[axis]]``."""
+    if len(stacked) == 1:
+        return stacked.index_select(axis + 1, order[0])
+    return torch.stack([one.index_select(axis, which) for one, which in zip(stacked, order, strict=True)])

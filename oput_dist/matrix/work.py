@@ -46,7 +46,7 @@ class Held:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
         self._shapes, self._memory = shapes, memory
         self._stacked: dict[str, torch.Tensor] = {}
-        self._copied: set[str] = set()
+        self._copied = {name for name, parts in memory.items() if not _adjacent(parts)}
 
     @property
     def names(self) -> list[str]:
@@ -56,12 +56,11 @@ class Held:
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._stacked:
             parts, shape = self._memory[name], self._shapes[name]
-            if _adjacent(parts):
+            if name not in self._copied:
                 first, size = parts[0], parts[0].numel()
                 stacked = first.as_strided((len(parts), size), (size, 1), first.storage_offset())
             else:
                 stacked = torch.stack(list(parts))
-                self._copied.add(name)
             self._stacked[name] = stacked.view(len(parts), *shape)
         return self._stacked[name]
 
@@ -75,12 +74,12 @@ class Held:
 
     @property
     def in_place(self) -> bool:
-        """Whether all that was asked for are views, so that this can serve again while the memory stays."""
+        """Whether all of it are views, so that it can serve again while the memory stays."""
         return not self._copied
 
     def finish(self) -> None:
         """Write back what is not a view."""
-        for name in self._copied:
+        for name in self._copied & self._stacked.keys():
             torch._foreach_copy_(list(self._memory[name]), list(self._stacked[name].flatten(1).unbind()))
 
 
