@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -55,6 +56,17 @@ def of(library: str, name: str, **options: Any) -> Make:
     return lambda params: getattr(importlib.import_module(library), name)(params, lr=1e-3, **options)
 
 
+class InFp32:
+    """torch's Muon, which iterates in bfloat16, made to iterate in the dtype of the gradients."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self) -> None:
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            self._optimizer.step()
+
+
 CONTENDERS: dict[str, dict[str, Make]] = {
     "shampoo": {
         "oput": lambda p: oput.Shampoo(p, lr=1e-3, block_size=BLOCK, precondition_frequency=EVERY),
@@ -77,6 +89,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="bfloat16"),
         "oput, fp32": lambda p: oput.Muon(p, lr=1e-3),
         "torch": of("torch.optim", "Muon"),
+        "torch, fp32": lambda p: InFp32(torch.optim.Muon(p, lr=1e-3)),
         "pytorch_optimizer": of("pytorch_optimizer", "Muon"),
     },
 }

@@ -214,13 +214,15 @@ def test_what_is_staggered_is_due_in_its_phase_and_else_all_at_once() -> None:
 
 
 def test_each_root_is_found_once_in_a_period_and_all_steps_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first time a block finds all of its roots; then each has its phase. A side of 8 costs as much as eight of 4."""
+    """The first time a block finds all of its roots; then each has its phase. A side of 8 costs as much as 8 of 4."""
     costs: list[int] = []
     method = roots.METHODS["eigh"]
     monkeypatch.setitem(
         roots.METHODS, "eigh", lambda a, *more: (costs.append(len(a) * a.shape[-1] ** 3), method(a, *more))[1]
     )
-    params = [nn.Parameter(torch.zeros(shape)) for shape in [(4, 4)] * 4 + [(8, 8), (8, 4), (4, 4), (4, 4), (4, 4), (8, 4)]]
+    params = [
+        nn.Parameter(torch.zeros(shape)) for shape in [(4, 4)] * 4 + [(8, 8), (8, 4), (4, 4), (4, 4), (4, 4), (8, 4)]
+    ]
     optimizer = oput.Shampoo(params, lr=0.1, precondition_frequency=3)
     each = []
     for _ in range(9):

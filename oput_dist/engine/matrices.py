@@ -68,6 +68,7 @@ class _Family:
 
     def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
         """See :meth:`Matrices.run`."""
+
         def work(wholes: Wholes) -> Wholes:
             return {
                 i: result
@@ -99,9 +100,7 @@ class _Family:
             alike.setdefault((block.shape, block.work, block.slot.group), []).append(i)
         return list(alike.values())
 
-    def _worked_on(
-        self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]
-    ) -> Wholes:
+    def _worked_on(self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]) -> Wholes:
         block = self.blocks[numbers[0]]
         held = self._held(tuple(numbers), state)
         parts = [wholes.pop(i) for i in numbers]

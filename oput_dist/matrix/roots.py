@@ -103,7 +103,7 @@ def inverse_roots(stacks: Stacks, root: float, ridge: float, method: str) -> Che
 
 
 def eigenvectors(stacks: Stacks) -> Checked:
-    """Eigenvectors of each symmetric matrix, the largest eigenvalue first. What fails is as in :func:`inverse_roots`."""
+    """Eigenvectors of symmetric matrices, the largest eigenvalue first. What fails is as in :func:`inverse_roots`."""
     return _checked(stacks, _eigenvectors, _eigenvectors)
 
 
@@ -168,7 +168,7 @@ def _shared_out(function: Function, stacks: Stacks) -> list[torch.Tensor]:
     attempt = functools.partial(_attempted, function)
     if stacks[0].device.type != "cpu":
         return [attempt(stack) for stack in stacks]
-    singles = [one for stack in stacks for one in stack.split(1)]
+    singles = [stack[i : i + 1] for stack in stacks for i in range(len(stack))]
     order = sorted(range(len(singles)), key=lambda i: -singles[i].shape[-1])
     costs = [one.shape[-1] ** 3 for one in singles]
     threads = torch.get_num_threads()

@@ -56,7 +56,7 @@ class AdamInEigenbasis(Kronecker):
         return 4 * products(shape) + _BASIS_COST * sum(d**3 for d in turned) / self.frequency
 
     def recurring(self, shape: Sequence[int]) -> tuple[int, tuple[float, ...]]:
-        costs = tuple(float(shape[axis] ** 3) for axis in self._axes(shape))
+        costs = tuple(float(shape[axis] ** 3) for axis in self._axes(shape)) or (0.0,)
         return (self.frequency, costs) if self.staggered else (1, ())
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
@@ -120,13 +120,13 @@ class AdamInEigenbasis(Kronecker):
         Steps are counted from the second one, the first that moves parameters.
         """
         axes = self._axes(like.shape[1:])
-        later = Turn(turn.step - 1, turn.phases)
+        later, recurring = Turn(turn.step - 1, turn.phases), max(1, len(axes))  # without axes a matrix only begins
         everything = list(range(len(like)))
-        now = due(later, self.frequency, self.staggered, 0, len(axes)) if turn.step > 1 else [everything] * len(axes)
+        now = due(later, self.frequency, self.staggered, 0, recurring) if turn.step > 1 else [everything] * recurring
         places, fresh, _ = with_fresh(now, counts)
         if fresh:
             self._first(held, counts, fresh, like)
-        turning = [(axis, some) for axis, found in zip(axes, places, strict=True) for some in _together(found, like)]
+        turning = [(axis, some) for axis, found in zip(axes, places, strict=False) for some in _together(found, like)]
         if turning:
             self._next(held, counts, turning, like)
 
@@ -137,7 +137,7 @@ class AdamInEigenbasis(Kronecker):
         seen = torch.ones(len(places), dtype=torch.bool, device=like.device)
         for factor in factors:
             seen &= factor.diagonal(dim1=1, dim2=2).any(1)
-        found = eigenvectors(factors)
+        found = eigenvectors(factors) if factors else []
         good = seen.clone()
         for _, fine in found:
             good &= fine
@@ -145,9 +145,7 @@ class AdamInEigenbasis(Kronecker):
             replace(held[f"basis_{axis}"], places, basis, good)
         counts.refreshed(places, good, seen)
 
-    def _next(
-        self, held: Held, counts: Counts, turning: Sequence[tuple[int, list[int]]], like: torch.Tensor
-    ) -> None:
+    def _next(self, held: Held, counts: Counts, turning: Sequence[tuple[int, list[int]]], like: torch.Tensor) -> None:
         """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
         orders, given = [], []
         for axis, places in turning:
