@@ -78,11 +78,11 @@ def orthogonalized(stacked: torch.Tensor, coefficients: Sequence[Sequence[float]
     x = _transposed(stacked).div_(norm) if tall else stacked / norm
     for run in runs(coefficients, x.shape[-2], x.shape[-1], x.dtype):
         x = _iterated(x, run)
-    return x.mT if tall else x
+    return _transposed(x) if tall else x
 
 
 def _transposed(stacked: torch.Tensor) -> torch.Tensor:
-    """A copy: on CPUs products of a view take up to three times as long, and stacks are slower to copy than matrices."""
+    """A copy: on CPUs products of a view take up to three times as long, and stacks are copied slower than matrices."""
     if stacked.device.type != "cpu":
         return stacked.mT.clone()
     made = stacked.new_empty(stacked.mT.shape)
