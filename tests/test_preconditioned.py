@@ -17,11 +17,13 @@ from oput_dist.matrix import kronecker, roots
 from oput_dist.matrix.kronecker import cut, due
 from oput_dist.matrix.shampoo import Precondition
 from oput_dist.matrix.work import Turn
+from tests.formulas import kronecker as formulas
 from tests.parity import pull
 from tests.pool import Pool
 
 SHAPES = [(6, 5), (4, 3, 2, 2), (3, 3), (7, 6)]  # a basis of a null space of two axes or more would be anyone's choice
 EVERY = {"precondition_frequency": 1}
+NONE = {"weight_decay": 0.0}
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -211,6 +213,22 @@ def test_what_is_staggered_is_due_in_its_phase_and_else_all_at_once() -> None:
     together = [due(Turn(step, phases), 4, False, 3, 2) for step in range(1, 9)]
     assert [bool(places[0]) for places in together] == [False, False, True, True, False, False, False, True]
     assert all(places in ([[], []], [[0, 1, 2]] * 2) for places in together)
+
+
+@pytest.mark.parametrize(("make", "formula"), [(oput.Shampoo, formulas.shampoo), (oput.SOAP, formulas.soap)])
+def test_staggered_axes_are_those_of_the_formulas(make: Any, formula: Callable[..., None]) -> None:
+    """The dearest comes first: the side of 6 at the first step of a period of 3, that of 5 a step before it."""
+    ours = nn.Parameter(torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5))
+    wanted, memory = ours.detach().clone(), {}
+    optimizer = make([ours], lr=0.02, weight_decay=0.0, precondition_frequency=3)
+    for step in range(10):
+        ours.grad = pull(ours.detach(), 0, step)
+        formula(
+            wanted, pull(wanted, 0, step), memory, step + 1, lr=0.02, precondition_frequency=3, phases=(0, 1), **NONE
+        )
+        optimizer.step()
+    assert (ours - wanted).abs().max() < 1e-12
+    assert optimizer.report().refreshes == (7 if make is oput.SOAP else 6)
 
 
 def test_each_root_is_found_once_in_a_period_and_all_steps_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
