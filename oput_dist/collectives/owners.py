@@ -141,7 +141,9 @@ class Owners:
         at, matrix = 0, self._matrices[i]
         for box in matrix.boxes:
             size = prod(box.shape)
-            _view(pieces[matrix.piece], box).copy_(share[at : at + size].view(box.shape))
+            place, new = _view(pieces[matrix.piece], box), share[at : at + size]
+            if place.data_ptr() != new.data_ptr():  # else it was worked on in place
+                place.copy_(new.view(box.shape))
             at += size
 
 
