@@ -1,6 +1,6 @@
 """Steps of Shampoo, SOAP and Muon beside other libraries', in turns, on the matrices of a small GPT.
 
-    python -m benchmarks.preconditioned [--width 256] [--layers 4] [--rounds 5] [--threads 2]
+    python -m benchmarks.preconditioned [--width 256] [--layers 4] [--rounds 5] [--threads 2] [--cpu-time]
 
 Roots and bases are found every 10 steps, and blocks are 256 wide, for all that can be told so. Libraries that are not
 installed are left out: ``distributed_shampoo`` (facebookresearch/optimizers) and ``heavyball`` are not among the
@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -55,6 +56,17 @@ def of(library: str, name: str, **options: Any) -> Make:
     return lambda params: getattr(importlib.import_module(library), name)(params, lr=1e-3, **options)
 
 
+class InFp32:
+    """torch's Muon, which iterates in bfloat16, made to iterate in the dtype of the gradients."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self) -> None:
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+            self._optimizer.step()
+
+
 CONTENDERS: dict[str, dict[str, Make]] = {
     "shampoo": {
         "oput": lambda p: oput.Shampoo(p, lr=1e-3, block_size=BLOCK, precondition_frequency=EVERY),
@@ -77,6 +89,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="bfloat16"),
         "oput, fp32": lambda p: oput.Muon(p, lr=1e-3),
         "torch": of("torch.optim", "Muon"),
+        "torch, fp32": lambda p: InFp32(torch.optim.Muon(p, lr=1e-3)),
         "pytorch_optimizer": of("pytorch_optimizer", "Muon"),
     },
 }
@@ -90,20 +103,26 @@ def gradients(params: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def timed(
-    optimizer: Any, params: Sequence[torch.Tensor], given: Iterator[list[torch.Tensor]], steps: int
+    optimizer: Any,
+    params: Sequence[torch.Tensor],
+    given: Iterator[list[torch.Tensor]],
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Seconds of each step."""
     taken = []
     for _ in range(steps):
         for p, g in zip(params, next(given), strict=True):
             p.grad = g.clone()
-        start = time.perf_counter()
+        start = clock()
         optimizer.step()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return taken
 
 
-def compare(contenders: dict[str, Make], sizes: Sequence[tuple[int, int]], rounds: int) -> dict[str, list[list[float]]]:
+def compare(
+    contenders: dict[str, Make], sizes: Sequence[tuple[int, int]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[list[float]]]:
     """For each contender its steps' seconds in every round; those that cannot be made are left out."""
     running = {}
     for name, make in contenders.items():
@@ -118,7 +137,7 @@ def compare(contenders: dict[str, Make], sizes: Sequence[tuple[int, int]], round
     found: dict[str, list[list[float]]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, (optimizer, params, given) in running.items():
-            found[name].append(timed(optimizer, params, given, PERIODS * EVERY))
+            found[name].append(timed(optimizer, params, given, PERIODS * EVERY, clock))
     return found
 
 
@@ -142,16 +161,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, which a busy machine changes least")
     parser.add_argument("--json", help="write the figures to a file")
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time counts one thread: give --threads 1, too")
     torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.cpu_time else time.perf_counter
     warnings.simplefilter("ignore")
     sizes = shapes(options.width, options.layers)
     rows = []
     for rule in options.only:
         print(f"{rule}: {len(sizes)} matrices, {sum(a * b for a, b in sizes):,} elements, {options.threads} threads")
         wanted = {name: make for name, make in CONTENDERS[rule].items() if name not in options.without}
-        found = compare(wanted, sizes, options.rounds)
+        found = compare(wanted, sizes, options.rounds, clock)
         for name, turns in found.items():
             rows.append({"rule": rule, **row(name, turns, found["oput"])})
             print(

@@ -12,6 +12,7 @@ from torch import nn
 import oput_dist as oput
 from oput_dist.backends import backend
 from oput_dist.backends.coding import decode, encode
+from oput_dist.engine.buckets import WAVE
 from oput_dist.engine.coded import Coded
 from oput_dist.kernels.codes import FORMATS, Format, format_of
 from tests.test_memory import allocated
@@ -187,7 +188,7 @@ def test_ranges_of_a_parameter_change_nothing(monkeypatch: pytest.MonkeyPatch, o
     every = {"state_dtype": "int8", "backend": "foreach", **options}
     for name in ("adamw", "lamb"):
         whole, _ = trained(name, 3, **every)
-        monkeypatch.setattr("oput_dist.engine.buckets.WAVE", {"cpu": 512})
+        monkeypatch.setitem(WAVE, "cpu", 512)
         cut, optimizer = trained(name, 3, **every)
         monkeypatch.undo()
         exact = name == "adamw" and "max_grad_norm" not in options
@@ -200,7 +201,7 @@ def test_ranges_of_a_parameter_change_nothing(monkeypatch: pytest.MonkeyPatch, o
 def test_bfloat16_parameters(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     model, optimizer = trained("adamw", 4, Model(torch.bfloat16), state_dtype="int8", **options)
     assert ("kahan_comp" in optimizer.state[model.up.weight]) == (options == {})
-    monkeypatch.setattr("oput_dist.engine.buckets.WAVE", {"cpu": 512})
+    monkeypatch.setitem(WAVE, "cpu", 512)
     other, _ = trained("adamw", 4, Model(torch.bfloat16), state_dtype="int8", **options)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)

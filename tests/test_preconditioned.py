@@ -17,11 +17,13 @@ from oput_dist.matrix import kronecker, roots
 from oput_dist.matrix.kronecker import cut, due
 from oput_dist.matrix.shampoo import Precondition
 from oput_dist.matrix.work import Turn
+from tests.formulas import kronecker as formulas
 from tests.parity import pull
 from tests.pool import Pool
 
 SHAPES = [(6, 5), (4, 3, 2, 2), (3, 3), (7, 6)]  # a basis of a null space of two axes or more would be anyone's choice
 EVERY = {"precondition_frequency": 1}
+NONE = {"weight_decay": 0.0}
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -74,7 +76,7 @@ def test_inverse_roots(method: str, root: float) -> None:
     torch.manual_seed(0)
     a = torch.randn(3, 6, 6, dtype=torch.float64)
     a = a @ a.mT / 6
-    found, good = roots.inverse_root(a, root, 1e-3, method)
+    ((found, good),) = roots.inverse_roots([a], root, 1e-3, method)
     back = torch.linalg.matrix_power(torch.linalg.inv(found), int(root))
     assert bool(good.all())
     assert (back - a - 1e-3 * torch.eye(6, dtype=torch.float64)).abs().max() < 1e-9
@@ -83,7 +85,7 @@ def test_inverse_roots(method: str, root: float) -> None:
 @pytest.mark.parametrize("method", roots.METHODS)
 def test_a_singular_matrix_has_a_root_and_one_that_is_not_finite_has_none(method: str) -> None:
     a = torch.stack([torch.zeros(4, 4), torch.ones(4, 4), torch.full((4, 4), torch.nan), torch.eye(4)])
-    found, good = roots.inverse_root(a, 4.0, 1e-6, method)
+    ((found, good),) = roots.inverse_roots([a], 4.0, 1e-6, method)
     assert good.tolist() == [True, True, False, True]
     assert bool(torch.isfinite(found).all())
     assert (found[3] - torch.eye(4)).abs().max() < 1e-5
@@ -202,28 +204,53 @@ def test_gradients_of_low_rank(make: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------ schedules
 
 
-def test_what_is_staggered_is_due_once_in_every_period_and_spread_evenly() -> None:
-    numbers = tuple(range(12))
-    steps = [due(Turn(step, numbers), 4, True, 1) for step in range(1, 9)]
-    assert [len(places) for places in steps] == [3] * 8
-    assert sorted(place for places in steps[:4] for place in places) == list(numbers)
-    together = [due(Turn(step, numbers), 4, False, 3) for step in range(1, 9)]
-    assert [bool(places) for places in together] == [False, False, True, True, False, False, False, True]
+def test_what_is_staggered_is_due_in_its_phase_and_else_all_at_once() -> None:
+    phases = ((0, 1), (2, 3), (0, 3))
+    steps = [due(Turn(step, phases), 4, True, 1, 2) for step in range(1, 9)]
+    assert steps[:4] == [[[], [1, 2]], [[1], []], [[], [0]], [[0, 2], []]]
+    assert steps[4:] == steps[:4]
+    assert due(Turn(4, phases), 4, True, 5, 2) == [[], []]
+    together = [due(Turn(step, phases), 4, False, 3, 2) for step in range(1, 9)]
+    assert [bool(places[0]) for places in together] == [False, False, True, True, False, False, False, True]
+    assert all(places in ([[], []], [[0, 1, 2]] * 2) for places in together)
 
 
-def test_no_step_finds_all_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    method = roots.METHODS["eigh"]
-    monkeypatch.setitem(roots.METHODS, "eigh", lambda a, *more: (counts.append(len(a)), method(a, *more))[1])
-    p = nn.Parameter(torch.zeros(8, 16))
-    optimizer = oput.Shampoo([p], lr=0.1, block_size=4, precondition_frequency=4)
-    each = []
-    for _ in range(8):
-        counts.clear()
-        p.grad = torch.randn(8, 16)
+@pytest.mark.parametrize(("make", "formula"), [(oput.Shampoo, formulas.shampoo), (oput.SOAP, formulas.soap)])
+def test_staggered_axes_are_those_of_the_formulas(make: Any, formula: Callable[..., None]) -> None:
+    """The dearest comes first: the side of 6 at the first step of a period of 3, that of 5 a step before it."""
+    ours = nn.Parameter(torch.linspace(-1, 1, 30, dtype=torch.float64).view(6, 5))
+    wanted, memory = ours.detach().clone(), {}
+    optimizer = make([ours], lr=0.02, weight_decay=0.0, precondition_frequency=3)
+    for step in range(10):
+        ours.grad = pull(ours.detach(), 0, step)
+        formula(
+            wanted, pull(wanted, 0, step), memory, step + 1, lr=0.02, precondition_frequency=3, phases=(0, 1), **NONE
+        )
         optimizer.step()
-        each.append(sum(counts))
-    assert each == [2 * 2] * 8  # two of eight blocks, two axes
+    assert (ours - wanted).abs().max() < 1e-12
+    assert optimizer.report().refreshes == (7 if make is oput.SOAP else 6)
+
+
+def test_each_root_is_found_once_in_a_period_and_all_steps_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time a block finds all of its roots; then each has its phase. A side of 8 costs as much as 8 of 4."""
+    costs: list[int] = []
+    method = roots.METHODS["eigh"]
+    monkeypatch.setitem(
+        roots.METHODS, "eigh", lambda a, *more: (costs.append(len(a) * a.shape[-1] ** 3), method(a, *more))[1]
+    )
+    params = [
+        nn.Parameter(torch.zeros(shape)) for shape in [(4, 4)] * 4 + [(8, 8), (8, 4), (4, 4), (4, 4), (4, 4), (8, 4)]
+    ]
+    optimizer = oput.Shampoo(params, lr=0.1, precondition_frequency=3)
+    each = []
+    for _ in range(9):
+        costs.clear()
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+        each.append(sum(costs) // 4**3)
+    assert each[3:] == [16] * 6  # 4 sides of 8 and 16 of 4, over 3 steps
+    assert sum(each[:3]) > 3 * 16
 
 
 def test_blocks_cover_a_parameter_once() -> None:

@@ -129,10 +129,10 @@ class Owners:
         ]
 
     def _local(self, pieces: Sequence[torch.Tensor], i: int) -> torch.Tensor:
-        """A matrix that is all here: a view where it can be one."""
+        """A matrix that is all here: a view where it can be one, of any strides."""
         matrix = self._matrices[i]
         if len(matrix.boxes) == 1 and tuple(matrix.boxes[0].shape) == matrix.shape:
-            return _view(pieces[matrix.piece], matrix.boxes[0]).contiguous()  # products round as for any other layout
+            return _view(pieces[matrix.piece], matrix.boxes[0])
         return self.put_together(self.packed(pieces, [i]), 0, i)
 
     def packed(self, pieces: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
@@ -162,7 +162,9 @@ class Owners:
         at, matrix = 0, self._matrices[i]
         for box in matrix.boxes:
             size = prod(box.shape)
-            _view(pieces[matrix.piece], box).copy_(share[at : at + size].view(box.shape))
+            place, new = _view(pieces[matrix.piece], box), share[at : at + size]
+            if place.data_ptr() != new.data_ptr():  # else it was worked on in place
+                place.copy_(new.view(box.shape))
             at += size
 
 

@@ -152,7 +152,7 @@ def waves(members: Sequence[Member], divide: bool) -> Iterator[list[Member]]:
     if not members[0].cells:
         yield list(members)
         return
-    most = WAVE.get(members[0].slot.device.type, WAVE["cuda"])
+    most = WAVE["cpu" if members[0].slot.device.type == "cpu" else "cuda"]
     group: list[Member] = []
     for member in members:
         for part in _divided(member, most) if divide else [member]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from oput_dist.backends import compute_dtype
 from oput_dist.collectives import Matrix, Owners, Ranks
+from oput_dist.collectives.balance import assigned
 from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import LayoutError, within
 from oput_dist.matrix.work import Held, Turn, Work
@@ -35,8 +36,8 @@ class _Block:
     slot: Slot
     of_slot: int
     """Its number among the blocks of the parameter."""
-    of_group: int
-    """Its number among those of the parameter group."""
+    phases: tuple[int, ...]
+    """Of what recurs."""
     index: tuple[slice, ...]
     work: Work
 
@@ -52,6 +53,7 @@ class _Family:
         self.slots, self.blocks, self._owners = slots, blocks, owners
         self.owned: dict[int, Owned] = {}
         self._together: set[int] = set()
+        self._stacks: dict[tuple[int, ...], _Stacked] = {}
         self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
         mine: dict[Slot, list[_Block]] = {block.slot: [] for block in blocks}
         for block, owner in zip(blocks, owners.owners, strict=True):
@@ -65,13 +67,12 @@ class _Family:
 
     def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
         """See :meth:`Matrices.run`."""
-        held: dict[int, dict[int, dict[str, torch.Tensor]]] = {}
 
         def work(wholes: Wholes) -> Wholes:
             return {
                 i: result
                 for alike in self._alike(wholes)
-                for i, result in self._worked_on(alike, wholes, held, state, steps).items()
+                for i, result in self._worked_on(alike, wholes, state, steps).items()
             }
 
         self.create([slot for slot in self.slots if slot.index in memory], state)
@@ -98,30 +99,43 @@ class _Family:
             alike.setdefault((block.shape, block.work, block.slot.group), []).append(i)
         return list(alike.values())
 
-    def _worked_on(
-        self,
-        numbers: Sequence[int],
-        wholes: Wholes,
-        held: dict[int, dict[int, dict[str, torch.Tensor]]],
-        state: State,
-        steps: Mapping[int, int],
-    ) -> Wholes:
+    def _worked_on(self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]) -> Wholes:
+        block = self.blocks[numbers[0]]
+        held = self._held(tuple(numbers), state)
+        parts = [wholes.pop(i) for i in numbers]
+        stacked = parts[0].contiguous().unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        made = block.work(stacked, held, Turn(steps[block.slot.group], tuple(self.blocks[i].phases for i in numbers)))
+        held.finish()
+        return dict(zip(numbers, made.unbind(), strict=True))
+
+    def _held(self, numbers: tuple[int, ...], state: State) -> Held:
+        """The state of some blocks that are worked on together: that of the last step, if it is where it was."""
         blocks = [self.blocks[i] for i in numbers]
         work, shape = blocks[0].work, blocks[0].shape
         kept = work.kept(shape, compute_dtype(blocks[0].slot.dtype))
-        if kept:
-            for slot in {block.slot for block in blocks}:
-                if slot.index not in held:
-                    held[slot.index] = self.owned[slot.index].views(state[slot.parameter])
-        views = [held[block.slot.index][block.of_slot] if kept else {} for block in blocks]
-        parts = [wholes.pop(i) for i in numbers]
-        stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-        memory = {name: [view[name] for view in views] for name in kept}
-        turn = Turn(steps[blocks[0].slot.group], tuple(block.of_group for block in blocks))
-        state_of = Held({name: one.shape for name, one in kept.items()}, memory)
-        made = work(stacked, state_of, turn)
-        state_of.finish()
-        return dict(zip(numbers, made.unbind(), strict=True))
+        if not kept:
+            return Held({}, {})
+        slots = list(dict.fromkeys(block.slot for block in blocks))
+        memory = [self.owned[slot.index].memory(state[slot.parameter], name) for slot in slots for name in kept]
+        last = self._stacks.get(numbers)
+        if last is not None and all(a is b for a, b in zip(last.memory, memory, strict=True)):
+            return last.held
+        views = {slot: self.owned[slot.index].views(state[slot.parameter]) for slot in slots}
+        parts = {name: [views[block.slot][block.of_slot][name] for block in blocks] for name in kept}
+        held = Held({name: one.shape for name, one in kept.items()}, parts)
+        if last is not None:
+            self._stacks.clear()  # or what others are views of would stay, too
+        if held.in_place:
+            self._stacks[numbers] = _Stacked(memory, held)
+        return held
+
+
+@dataclass(frozen=True, eq=False)
+class _Stacked:
+    """The state of some blocks, and the memory that it is a view of."""
+
+    memory: Sequence[torch.Tensor | None]
+    held: Held
 
 
 class Matrices:
@@ -136,7 +150,7 @@ class Matrices:
 
     def __init__(self, plan: Plan, recipes: Sequence[Recipe]) -> None:
         families: dict[object, tuple[Ranks | None, list[Slot], list[_Block]]] = {}
-        first = _first_numbers(plan, recipes)
+        phases = _phases(plan, recipes)
         for slot in plan.slots:
             work = recipes[slot.index].whole
             if work is None:
@@ -148,7 +162,7 @@ class Matrices:
             _, slots, blocks = families[key]
             slots.append(slot)
             for i, index in enumerate(work.blocks(tuple(slot.layout.shape))):
-                blocks.append(_Block(slot, i, first[slot] + i, index, work))
+                blocks.append(_Block(slot, i, phases.get((slot, i), ()), index, work))
         self._families = [
             _Family(slots, blocks, _owners(key, ranks, slots, blocks, plan.owners_known), ranks)
             for key, (ranks, slots, blocks) in families.items()
@@ -190,14 +204,22 @@ class Matrices:
             family.run(memory, state, steps)
 
 
-def _first_numbers(plan: Plan, recipes: Sequence[Recipe]) -> dict[Slot, int]:
-    """The number of each slot's first block among those of its group."""
-    found: dict[Slot, int] = {}
-    counts: dict[int, int] = {}
+def _phases(plan: Plan, recipes: Sequence[Recipe]) -> dict[tuple[Slot, int], tuple[int, ...]]:
+    """When in its period falls due what recurs for each block of a slot.
+
+    Dealt out by cost, in the order of the model, over all matrices of one period: the same in every layout.
+    """
+    recurring: dict[int, list[tuple[tuple[Slot, int], float]]] = {}
     for slot in plan.in_order:
         work = recipes[slot.index].whole
-        found[slot] = counts.get(slot.group, 0)
-        counts[slot.group] = found[slot] + (0 if work is None else len(work.blocks(tuple(slot.layout.shape))))
+        for i, index in enumerate(() if work is None else work.blocks(tuple(slot.layout.shape))):
+            assert work is not None
+            period, costs = work.recurring(tuple(part.stop - part.start for part in index))
+            recurring.setdefault(period, []).extend(((slot, i), cost) for cost in costs)
+    found: dict[tuple[Slot, int], tuple[int, ...]] = {}
+    for period, every in recurring.items():
+        for (block, _), phase in zip(every, assigned([cost for _, cost in every], period), strict=True):
+            found[block] = (*found.get(block, ()), phase)
     return found
 
 

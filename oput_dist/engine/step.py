@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -136,7 +136,7 @@ class Step:
         scale = gradient_scale(self._plan, active, self._options, self._spread.model, self._unscale, agree)
         if scale is None:
             return Outcome.SKIPPED
-        scratch = {} if matrices is None else self._scratch()
+        scratch = {} if matrices is None else self._scratch({slot for slot, _ in active})
         state = {slot: (*self._state_of(slot), *scratch.get(slot.index, ())) for slot in present}
         self._steps = dict(zip(present, self._plan.next_counts(present, self.state), strict=True))
         buckets = self._buckets(active, state, scale)
@@ -253,13 +253,17 @@ class Step:
             return None
         return matrices_of(self._plan, [self.recipe_of(slot) for slot in self._plan.slots])
 
-    def _scratch(self) -> dict[int, tuple[torch.Tensor]]:
+    def _scratch(self, written: Collection[Slot]) -> dict[int, tuple[torch.Tensor]]:
         """Memory for this rank's pieces of what is worked on whole, by number of the slot: zeros, where no gradient is.
 
         Of slots that all ranks know to take part; what is here alone needs a gradient, as in any other step.
         """
         return {
-            slot.index: (torch.zeros(slot.numel, dtype=compute_dtype(slot.dtype), device=slot.device),)
+            slot.index: (
+                (torch.empty if slot in written else torch.zeros)(
+                    slot.numel, dtype=compute_dtype(slot.dtype), device=slot.device
+                ),
+            )
             for slot in self._plan.slots
             if self.recipe_of(slot).whole is not None and updated(slot) and takes_part(slot, self.recipe_of(slot))
         }

@@ -94,12 +94,6 @@ def storage_of(owner: str, given: Any, overrides: Any) -> torch.dtype | Storage 
     """
     if isinstance(given, Mapping):
         named = tuple((str(name), _kind(owner, f"state_dtype[{name!r}]", kind)) for name, kind in given.items())
-        for name, kind in named:
-            if isinstance(kind, str) and codable(name) is None:
-                raise ValueError(
-                    f"{owner}: state_dtype={{{name!r}: {kind!r}}}: {name!r} cannot be kept in {kind}, since errors of "
-                    "codes would add up in it; leave it out, or give a dtype such as 'bf16'"
-                )
         overall: Kind = None
     else:
         named, overall = (), _kind(owner, "state_dtype", given)
@@ -125,7 +119,7 @@ def check_storage(owner: str, storage: Storage | None, names: Collection[str]) -
     """
     if storage is None:
         return
-    for name, _ in storage.named:
+    for name, kind in storage.named:
         if name not in names:
             known = ", ".join(map(repr, sorted(names))) or "none in the shape of a parameter"
             raise ValueError(

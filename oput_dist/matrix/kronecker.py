@@ -22,16 +22,23 @@ __all__ = [
     "Mask",
     "add_to",
     "along",
+    "at",
     "average",
     "broadcast",
     "cut",
     "due",
     "keep_statistics",
     "masked",
+    "parts",
     "products",
+    "replace",
     "where",
+    "with_fresh",
 ]
 
+PART = 2**16
+"""Elements for each thread that CPUs work on at a time, so that what is read and written over and over stays in their
+caches: a step of Shampoo goes over its matrices some twenty times."""
 READABLE = {"cpu"}
 """Devices whose values are looked at in a step. No step waits for a GPU: there everything is worked on, under masks."""
 COUNTS = "matrix_counts"
@@ -74,14 +81,18 @@ class Kronecker(Work):
 
     @abstractmethod
     def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
-        """As ``__call__``, for gradients that count: all, or those of a mask, while the others are zeros."""
+        """As ``__call__``, for gradients that count: all, or those of a mask, while the others are zeros.
+
+        The result is written where the gradient was.
+        """
 
     @abstractmethod
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find anew what is due, of matrices of the shape and dtype of ``like``, also of those that do not count."""
 
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        largest = torch.linalg.vector_norm(stacked.flatten(1), ord=float("inf"), dim=1)  # NaN, if any element is
+        each = [stacked[part].flatten(1).abs().amax(1) for part in parts(stacked)]  # NaN, if any element is
+        largest = each[0] if len(each) == 1 else torch.cat(each)
         counts = (largest > 0) & torch.isfinite(largest)
         if (counting := masked(counts)) is None:
             return self.update(stacked, held, turn, None)
@@ -93,7 +104,7 @@ class Kronecker(Work):
             places = (counts == counting_ones).nonzero().flatten().tolist()
             if places:
                 some, like = held.only(places), stacked[places]
-                own = Turn(turn.step, tuple(turn.numbers[place] for place in places))
+                own = Turn(turn.step, tuple(turn.phases[place] for place in places))
                 if counting_ones:
                     zeros[places] = self.update(like, some, own, None)
                 else:
@@ -104,6 +115,14 @@ class Kronecker(Work):
 
 Mask = torch.Tensor | None
 """``[n]`` bool; None where all are true."""
+
+
+def parts(stacked: torch.Tensor) -> list[slice]:
+    """Matrices of a stack to be worked on one part after the other; on GPUs, where each launch costs, all at once."""
+    size = len(stacked)
+    if stacked.device.type == "cpu":
+        size = max(1, PART * torch.get_num_threads() // max(1, prod(stacked.shape[1:])))
+    return [slice(at, at + size) for at in range(0, len(stacked), max(1, size))]
 
 
 def masked(which: torch.Tensor) -> Mask:
@@ -122,12 +141,15 @@ def where(which: Mask, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return new if which is None else torch.where(broadcast(which, new), new, old)
 
 
-def average(old: torch.Tensor, new: torch.Tensor, decay: float, counting: Mask) -> None:
-    """Make ``old`` be ``decay old + (1 - decay) new``, or the sum of both if ``decay`` is 1, where a matrix counts."""
+def average(old: torch.Tensor, new: torch.Tensor, decay: float, counting: Mask, scratch: torch.Tensor) -> None:
+    """Make ``old`` be ``decay old + (1 - decay) new``, or the sum of both if ``decay`` is 1, where a matrix counts.
+
+    ``scratch``, of their shape, is written to; it may be ``new`` itself.
+    """
     if decay != 1:
         old *= decay if counting is None else broadcast(_faded(decay, counting), old)
-        new = new * (1.0 - decay)
-    old += new if counting is None else broadcast(counting.to(old.dtype), old) * new
+        new = torch.mul(new, 1.0 - decay, out=scratch)
+    old += new if counting is None else torch.mul(new, broadcast(counting.to(old.dtype), old), out=scratch)
 
 
 def _faded(decay: float, counting: torch.Tensor) -> torch.Tensor:
@@ -170,17 +192,49 @@ def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Ten
     return made if axis == 0 else made.movedim(1, axis + 1).contiguous()
 
 
-def due(turn: Turn, frequency: int, staggered: bool, start: int) -> list[int]:
-    """The places in the stack of the matrices whose root or basis is to be found anew at this step.
+def due(turn: Turn, frequency: int, staggered: bool, start: int, axes: int) -> list[list[int]]:
+    """For each of some axes the places in the stack of the matrices whose root or basis is to be found anew now.
 
-    From step ``start`` on: all at that step and every ``frequency`` steps; or, staggered, each at a step of its own out
-    of so many.
+    From step ``start`` on: all at that step and every ``frequency`` steps; or, staggered, each in its own phase.
     """
     if turn.step < start:
-        return []
-    shifts = turn.numbers if staggered else (0,) * len(turn.numbers)
-    first = not staggered and turn.step == start
-    return [place for place, shift in enumerate(shifts) if first or (turn.step + shift) % frequency == 0]
+        return [[] for _ in range(axes)]
+    if not staggered:
+        now = turn.step == start or turn.step % frequency == 0
+        return [list(range(len(turn.phases))) if now else [] for _ in range(axes)]
+    return [
+        [place for place, phases in enumerate(turn.phases) if (turn.step + phases[axis]) % frequency == 0]
+        for axis in range(axes)
+    ]
+
+
+def with_fresh(places: Sequence[Sequence[int]], counts: Counts) -> tuple[list[list[int]], list[int], list[int]]:
+    """For each axis the places that are due, but for matrices without any root or basis; those; and all of both.
+
+    Matrices without any need them along all axes, so they find all when the first falls due.
+    """
+    every = sorted({place for axis in places for place in axis})
+    if not every:
+        return [list(axis) for axis in places], [], []
+    found = counts.refreshes.tolist()
+    fresh = [place for place in every if found[place] == 0]
+    return [[place for place in axis if found[place]] for axis in places], fresh, every
+
+
+def at(stacked: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Some of a stack, in rising order: a view where they follow each other."""
+    first, last = places[0], places[-1]
+    return stacked[first : last + 1] if last - first + 1 == len(places) else stacked[list(places)]
+
+
+def replace(kept: torch.Tensor, places: Sequence[int], new: torch.Tensor, good: torch.Tensor) -> None:
+    """Keep what is good of something new for the matrices at some places."""
+    which, old = masked(good), at(kept, places)
+    made = new.to(kept.dtype) if which is None else where(which, new.to(kept.dtype), old)
+    if old.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr():
+        old.copy_(made)
+    else:
+        kept[list(places)] = made
 
 
 def cut(shape: Sequence[int], size: int | None) -> list[tuple[slice, ...]]:

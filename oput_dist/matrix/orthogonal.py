@@ -73,12 +73,22 @@ def orthogonalized(stacked: torch.Tensor, coefficients: Sequence[Sequence[float]
     Returns:
         of the shape and dtype of ``stacked``, in which it computes.
     """
-    tall = stacked.shape[-2] > stacked.shape[-1]
-    x = stacked.mT if tall else stacked  # so that the Gram matrix is the small one
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    norm = torch.linalg.vector_norm(stacked, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    tall = stacked.shape[-2] > stacked.shape[-1]  # then its transpose, so that the Gram matrix is the small one
+    x = _transposed(stacked).div_(norm) if tall else stacked / norm
     for run in runs(coefficients, x.shape[-2], x.shape[-1], x.dtype):
         x = _iterated(x, run)
-    return x.mT if tall else x
+    return _transposed(x) if tall else x
+
+
+def _transposed(stacked: torch.Tensor) -> torch.Tensor:
+    """A copy: on CPUs products of a view take up to three times as long, and stacks are copied slower than matrices."""
+    if stacked.device.type != "cpu":
+        return stacked.mT.clone()
+    made = stacked.new_empty(stacked.mT.shape)
+    for one, new in zip(stacked, made, strict=True):
+        new.copy_(one.T)
+    return made
 
 
 def runs(
@@ -153,12 +163,13 @@ class Orthogonalize(Work):
     dtype: torch.dtype | None
 
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        matrices = stacked.flatten(2)
+        matrices, shape = stacked.flatten(2), stacked.shape
         on_gpu = stacked.device.type == "cuda" and stacked.dtype == torch.float32
         dtype = self.dtype or (torch.bfloat16 if on_gpu else stacked.dtype)
-        made = orthogonalized(matrices.to(dtype), self.coefficients, self.eps).to(stacked.dtype)
+        made = orthogonalized(matrices.to(dtype), self.coefficients, self.eps)
         factor = self.factor(matrices.shape[1], matrices.shape[2])
-        return (made if factor == 1 else made.mul_(factor)).reshape(stacked.shape)
+        result = matrices.copy_(made)
+        return (result if factor == 1 else result.mul_(factor)).view(shape)
 
     def factor(self, rows: int, columns: int) -> float:
         """What the result is multiplied by, for a matrix of this shape."""

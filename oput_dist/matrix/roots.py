@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-__all__ = ["METHODS", "inverse_root", "orthogonal_basis"]
+__all__ = ["METHODS", "eigenvectors", "inverse_roots", "orthonormal"]
 
 _NEWTON_STEPS = 40
 _SCHULZ_STEPS = 40
+_ALIASED, _APART = 1024, 8
+"""Columns of so many elements fall on the same lines of a CPU's caches, and a decomposition takes an eighth longer; so
+many zeros more at the end of each, which stay zeros, tell them apart."""
+_LARGE = 1.5
+"""A matrix of so many times a thread's even share of the work has all threads."""
 
 
 def by_eigenvalues(stacked: torch.Tensor, root: float, ridge: float = 0.0) -> torch.Tensor:
@@ -75,34 +81,35 @@ METHODS: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
 """Ways to an inverse root. Newton's needs a whole number, Newton-Schulz a power of two from 2 on."""
 
 
-def inverse_root(stacked: torch.Tensor, root: float, ridge: float, method: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(A + ridge I)^(-1/root)`` of each matrix, and which of them succeeded.
+Stacks = Sequence[torch.Tensor]
+"""Each ``[n, d, d]``, of one dtype, on one device."""
+Checked = list[tuple[torch.Tensor, torch.Tensor]]
+"""For each stack what was found, of its shape and dtype, and ``[n]`` bool on its device: which succeeded."""
+
+
+def inverse_roots(stacks: Stacks, root: float, ridge: float, method: str) -> Checked:
+    """``(A + ridge I)^(-1/root)`` of each matrix of some stacks.
 
     A matrix on which the method fails is tried by eigendecomposition in float64, and if the device cannot do that, on
     the CPU. What then is not finite is zeros.
 
     Args:
-        stacked: ``[n, d, d]``, symmetric, no eigenvalue below zero but by rounding.
+        stacks: symmetric matrices, no eigenvalue below zero but by rounding.
         root: > 0.
         ridge: added to the diagonal, >= 0.
         method: of :data:`METHODS`.
-
-    Returns:
-        ``[n, d, d]`` in the dtype of ``stacked``; ``[n]`` bool on its device.
     """
-    return _checked(stacked, lambda a: METHODS[method](a, root, ridge), lambda a: by_eigenvalues(a, root, ridge))
+    return _checked(stacks, lambda a: METHODS[method](a, root, ridge), lambda a: by_eigenvalues(a, root, ridge))
 
 
-def orthogonal_basis(stacked: torch.Tensor, last: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvectors of each symmetric matrix, the largest eigenvalue first, and which succeeded.
+def eigenvectors(stacks: Stacks) -> Checked:
+    """Eigenvectors of symmetric matrices, the largest eigenvalue first. What fails is as in :func:`inverse_roots`."""
+    return _checked(stacks, _eigenvectors, _eigenvectors)
 
-    Args:
-        stacked: ``[n, d, d]``.
-        last: a basis that was near, ``[n, d, d]``, to take one step of orthogonal iteration from; None to start.
-    """
-    if last is None:
-        return _checked(stacked, _eigenvectors, _eigenvectors)
-    return _checked(stacked @ last, _orthonormal, _orthonormal)
+
+def orthonormal(stacks: Stacks) -> Checked:
+    """Each matrix with its columns made orthonormal, from the first on. What fails is as in :func:`inverse_roots`."""
+    return _checked(stacks, _orthonormal, _orthonormal)
 
 
 def _eigenvectors(stacked: torch.Tensor) -> torch.Tensor:
@@ -111,44 +118,82 @@ def _eigenvectors(stacked: torch.Tensor) -> torch.Tensor:
 
 
 def _orthonormal(stacked: torch.Tensor) -> torch.Tensor:
+    size = stacked.shape[-1]
+    if stacked.device.type == "cpu" and size % _ALIASED == 0:
+        stacked = torch.nn.functional.pad(stacked.mT, (0, _APART)).mT
     found: torch.Tensor = torch.linalg.qr(stacked)[0]
-    return found
+    return found[..., :size, :]
 
 
-def _checked(
-    given: torch.Tensor, quick: Callable[[torch.Tensor], torch.Tensor], sure: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _checked(stacks: Stacks, quick: Function, sure: Function) -> Checked:
     """What ``quick`` makes; where that fails, what ``sure`` makes in float64. Waits for the device."""
-    usable = torch.isfinite(given).flatten(1).all(1)
-    clean = torch.where(
-        usable[:, None, None], given, torch.eye(given.shape[-1], dtype=given.dtype, device=given.device)
-    )
-    try:
-        made = _shared_out(quick, clean)
-    except (RuntimeError, torch.linalg.LinAlgError):  # one matrix that does not converge fails the whole stack
-        made = torch.full_like(clean, math.nan)
-    good = torch.isfinite(made).flatten(1).all(1)
+    usable = [_finite(stack) for stack in stacks]
+    clean = [stack if bool(fine.all()) else _cleaned(stack, fine) for stack, fine in zip(stacks, usable, strict=True)]
+    made = _shared_out(quick, clean)
+    return [_mended(*each, sure) for each in zip(clean, made, usable, strict=True)]
+
+
+def _finite(stacked: torch.Tensor) -> torch.Tensor:
+    quick = torch.isfinite(torch.linalg.vector_norm(stacked, dim=(1, 2)))
+    return quick if bool(quick.all()) else torch.isfinite(stacked).all(2).all(1)  # the norm may be too large by itself
+
+
+def _cleaned(stacked: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """With the identity for what is not fine."""
+    identity = torch.eye(stacked.shape[-1], dtype=stacked.dtype, device=stacked.device)
+    return torch.where(fine[:, None, None], stacked, identity)
+
+
+def _mended(
+    clean: torch.Tensor, made: torch.Tensor, usable: torch.Tensor, sure: Function
+) -> tuple[torch.Tensor, torch.Tensor]:
+    good = usable & _finite(made)
+    if bool(good.all()):
+        return made, good
     for i in (usable & ~good).nonzero().flatten().tolist():
         made[i] = _slowly(clean[i : i + 1].double(), sure)[0].to(made)
-    good = usable & torch.isfinite(made).flatten(1).all(1)
+    good = usable & _finite(made)
     return torch.where(good[:, None, None], made, torch.zeros_like(made)), good
 
 
-def _shared_out(function: Callable[[torch.Tensor], torch.Tensor], stacked: torch.Tensor) -> torch.Tensor:
-    """``function`` of parts of a stack, each on a core of its own.
+def _shared_out(function: Function, stacks: Stacks) -> list[torch.Tensor]:
+    """``function`` of some stacks; NaN where it fails. On CPUs each matrix is on a core of its own, the largest first.
 
     LAPACK makes little of several threads, and where other processes want the cores too, they wait for each other:
-    seconds for what takes milliseconds.
+    seconds for what takes milliseconds. A matrix that is most of the work has all threads.
     """
+    attempt = functools.partial(_attempted, function)
+    if stacks[0].device.type != "cpu":
+        return [attempt(stack) for stack in stacks]
+    singles = [stack[i : i + 1] for stack in stacks for i in range(len(stack))]
+    order = sorted(range(len(singles)), key=lambda i: -singles[i].shape[-1])
+    costs = [one.shape[-1] ** 3 for one in singles]
     threads = torch.get_num_threads()
-    if stacked.device.type != "cpu" or threads == 1 or len(stacked) < threads:
-        return function(stacked)
-    torch.set_num_threads(1)
+    if threads == 1 or len(singles) < threads or max(costs) > sum(costs) / threads * _LARGE:
+        found = [attempt(singles[i]) for i in order]
+    else:
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(attempt, [singles[i] for i in order]))
+        finally:
+            torch.set_num_threads(threads)
+    in_order = iter([one for _, one in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])])
+    return [_joined([next(in_order) for _ in stack]) for stack in stacks]
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _attempted(function: Function, stacked: torch.Tensor) -> torch.Tensor:
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(function, stacked.tensor_split(threads))))
-    finally:
-        torch.set_num_threads(threads)
+        return function(stacked)
+    except (RuntimeError, torch.linalg.LinAlgError):  # one matrix that does not converge fails the whole stack
+        return torch.full_like(stacked, math.nan)
 
 
 def _slowly(one: torch.Tensor, sure: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

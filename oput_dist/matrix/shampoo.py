@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,16 +14,20 @@ from .kronecker import (
     Kronecker,
     Mask,
     along,
+    at,
     average,
     broadcast,
     cut,
     due,
     keep_statistics,
     masked,
+    parts,
     products,
+    replace,
     where,
+    with_fresh,
 )
-from .roots import inverse_root
+from .roots import inverse_roots
 from .work import Held, Kept, Turn
 
 __all__ = ["GRAFTS", "Precondition"]
@@ -30,6 +35,15 @@ __all__ = ["GRAFTS", "Precondition"]
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 _ROOT_COST = 25.0
 """Operations of an eigendecomposition of a d x d matrix, over d^3: it is slower than a product of as many."""
+
+
+class _Scales(NamedTuple):
+    """What biased averages are multiplied by, ``[n]``, float64."""
+
+    filtered: torch.Tensor
+    """The average of gradients, where there is one."""
+    squares: torch.Tensor
+    """What was divided by the root of the average of squares."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,9 @@ class Precondition(Kronecker):
     def cost(self, shape: Sequence[int]) -> float:
         return 2 * products(shape) + _ROOT_COST * sum(d**3 for d in shape) / self.frequency
 
+    def recurring(self, shape: Sequence[int]) -> tuple[int, tuple[float, ...]]:
+        return (self.frequency, tuple(float(d**3) for d in shape)) if self.staggered else (1, ())
+
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         found = {f"{name}_{i}": Kept((d, d), stored) for name in ("factor", "root") for i, d in enumerate(shape)}
@@ -68,67 +85,100 @@ class Precondition(Kronecker):
     def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
         counts = Counts(held[COUNTS])
         counts.steps += 1 if counting is None else counting
-        for axis in range(gradient.dim() - 1):
-            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.betas[1], counting)
-        filtered, scale = self._filtered(gradient, held, counts, counting)
-        direction, size = self._graft(gradient, filtered, held, counts, counting)
+        every = [(part, held.part(part), None if counting is None else counting[part]) for part in parts(gradient)]
+        for part, own, which in every:
+            for axis in range(gradient.dim() - 1):
+                keep_statistics(own[f"factor_{axis}"], gradient[part], axis, self.betas[1], which)
         self.refresh(held, counts, turn, gradient)
+        scratch, scales = torch.empty_like(gradient[every[0][0]]), self._scales(counts)
+        ready = masked(counts.refreshes > 0)
+        for part, own, which in every:
+            some = gradient[part]
+            fine = None if ready is None else ready[part]
+            self._step(some, own, _Scales(*(each[part] for each in scales)), which, fine, scratch[: len(some)])
+        return gradient
+
+    def _scales(self, counts: Counts) -> _Scales:
+        beta = self.graft_beta if self.graft == "adam" else 1.0
+        beta1, beta3 = self.betas[0], self.beta3 if self.betas[0] else 0.0
+        filtered = 1 / (1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0))
+        return _Scales(filtered, _correction(beta, counts).sqrt())
+
+    def _step(
+        self,
+        gradient: torch.Tensor,
+        own: Mapping[str, torch.Tensor],
+        scales: _Scales,
+        counting: Mask,
+        ready: Mask,
+        scratch: torch.Tensor,
+    ) -> None:
+        """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
+        filtered = self._filtered(gradient, own, counting, scratch)
+        direction = self._graft(gradient, filtered, own, scales, counting, scratch)
         update = filtered
         for axis in range(filtered.dim() - 1):
-            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis)
-        factor = scale
+            update = along(update, own[f"root_{axis}"].to(filtered.dtype), axis)
+        factor, size = scales.filtered, scales.filtered * scales.squares
         if self.graft is not None:
-            factor = scale * size * _norm(direction) / (_norm(update) + 1e-16 / scale)
-        update *= broadcast(factor, update)
-        ready = masked(counts.refreshes > 0)
-        return update if ready is None else where(ready, update, direction * broadcast(scale * size, direction))
+            factor = size * _norm(direction) / (_norm(update) + 1e-16 / scales.filtered)
+        if ready is None:
+            torch.mul(update, broadcast(factor, update), out=gradient)
+        else:
+            made = where(ready, update * broadcast(factor, update), direction * broadcast(size, direction))
+            gradient.copy_(made)
 
     def _filtered(
-        self, gradient: torch.Tensor, held: Held, counts: Counts, counting: Mask
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The moving average that is preconditioned, and what corrects its bias: ``[n]`` float64, to multiply by."""
+        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], counting: Mask, scratch: torch.Tensor
+    ) -> torch.Tensor:
+        """The moving average that is preconditioned, biased."""
         beta1, beta3 = self.betas[0], self.beta3
-        steps = counts.steps.double()
         if not beta1:
-            return gradient, torch.ones_like(steps)
-        other = None if beta3 == beta1 else beta3 * held["exp_avg"] + (1 - beta3) * gradient
-        average(held["exp_avg"], gradient, beta1, counting)
-        return held["exp_avg"] if other is None else other, 1 / (1 - beta3 * beta1 ** (steps - 1).clamp(min=0))
+            return gradient
+        other = None if beta3 == beta1 else beta3 * own["exp_avg"] + (1 - beta3) * gradient
+        average(own["exp_avg"], gradient, beta1, counting, scratch)
+        return own["exp_avg"] if other is None else other
 
     def _graft(
-        self, gradient: torch.Tensor, filtered: torch.Tensor, held: Held, counts: Counts, counting: Mask
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step of the optimizer whose size the update gets, over its learning rate, and what to multiply it by."""
+        self,
+        gradient: torch.Tensor,
+        filtered: torch.Tensor,
+        own: Mapping[str, torch.Tensor],
+        scales: _Scales,
+        counting: Mask,
+        scratch: torch.Tensor,
+    ) -> torch.Tensor:
+        """The step of the optimizer whose size the update gets, over its learning rate, biased."""
         if self.graft in (None, "sgd"):
-            return filtered, torch.ones_like(counts.steps, dtype=torch.float64)
+            return filtered
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
-        average(held["graft_sq"], gradient * gradient, beta, counting)
-        root = held["graft_sq"].sqrt()
-        corrected = _correction(beta if self.graft == "adam" else 1.0, counts).sqrt()
-        root += broadcast(self.graft_eps * corrected, root)
-        return torch.div(filtered, root, out=root), corrected
+        average(own["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
+        root = torch.sqrt(own["graft_sq"], out=scratch)
+        root += broadcast(self.graft_eps * scales.squares, root)
+        return torch.div(filtered, root, out=root)
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""
-        places = due(turn, self.frequency, self.staggered, self.start)
-        if not places:
-            return
         order = like.dim() - 1
-        correction = _correction(self.betas[1], counts)[places]
-        tried = counts.steps[places] > 0
-        found, good = [], tried
-        for axis in range(order):
-            factor = held[f"factor_{axis}"][places].to(like.dtype)
-            factor /= broadcast(correction, factor)
-            roots, fine = inverse_root(factor, self._root(order, axis), self.eps, self.root_method)
-            found.append(roots)
-            good = good & fine
-        for axis, roots in enumerate(found):
-            kept = held[f"root_{axis}"]
-            kept[places] = torch.where(good[:, None, None], roots.to(kept.dtype), kept[places])
-        counts.refreshed(places, good, tried)
+        due_now, fresh, every = with_fresh(due(turn, self.frequency, self.staggered, self.start, order), counts)
+        if not every:
+            return
+        axes = {axis: sorted([*places, *fresh]) for axis, places in enumerate(due_now) if places or fresh}
+        correction = _correction(self.betas[1], counts)
+        factors = []
+        for axis, places in axes.items():
+            factor = at(held[f"factor_{axis}"], places).to(like.dtype)
+            factors.append(factor / broadcast(correction[places], factor))
+        found = inverse_roots(factors, self._root(order), self.eps, self.root_method)
+        tried = counts.steps > 0
+        good = tried.clone()
+        for places, (_, fine) in zip(axes.values(), found, strict=True):
+            good[places] &= fine
+        for (axis, places), (roots, _) in zip(axes.items(), found, strict=True):
+            replace(held[f"root_{axis}"], places, roots, good[places])
+        counts.refreshed(every, good[every], tried[every])
 
-    def _root(self, order: int, axis: int) -> float:
+    def _root(self, order: int) -> float:
         """``p`` of the exponent ``-1/p``."""
         return 2.0 * order if self.exponents is None else 1.0 / self.exponents[min(order, len(self.exponents)) - 1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +13,20 @@ from .kronecker import (
     Kronecker,
     Mask,
     along,
+    at,
     average,
     broadcast,
     cut,
     due,
     keep_statistics,
     masked,
+    parts,
     products,
+    replace,
     where,
+    with_fresh,
 )
-from .roots import orthogonal_basis
+from .roots import eigenvectors, orthonormal
 from .work import Held, Kept, Turn
 
 __all__ = ["AdamInEigenbasis"]
@@ -51,6 +55,10 @@ class AdamInEigenbasis(Kronecker):
         turned = [d for d in shape if d <= self.largest]
         return 4 * products(shape) + _BASIS_COST * sum(d**3 for d in turned) / self.frequency
 
+    def recurring(self, shape: Sequence[int]) -> tuple[int, tuple[float, ...]]:
+        costs = tuple(float(shape[axis] ** 3) for axis in self._axes(shape)) or (0.0,)
+        return (self.frequency, costs) if self.staggered else (1, ())
+
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         axes = self._axes(shape)
@@ -71,32 +79,38 @@ class AdamInEigenbasis(Kronecker):
         based = counts.refreshes > 0  # the first gradient only makes a basis
         moving = masked(based if counting is None else based & counting)
         counts.steps += 1 if moving is None else moving
-        update = self._adam(gradient, held, counts, moving)
-        for axis in self._axes(gradient.shape[1:]):
-            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.factor_beta, counting)
+        every = parts(gradient)
+        scratch = torch.empty_like(gradient[every[0]])
+        for part in every:
+            some, own = gradient[part], held.part(part)
+            for axis in self._axes(gradient.shape[1:]):
+                which = None if counting is None else counting[part]
+                keep_statistics(own[f"factor_{axis}"], some, axis, self.factor_beta, which)
+            which = None if moving is None else moving[part]
+            update = self._adam(some, own, which, scratch[: len(some)])
+            some.copy_(update if which is None else where(which, update, torch.zeros_like(update)))
         self.refresh(held, counts, turn, gradient)
-        return update if moving is None else where(moving, update, torch.zeros_like(update))
+        return gradient
 
-    def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: Mask) -> torch.Tensor:
+    def _adam(
+        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], moving: Mask, scratch: torch.Tensor
+    ) -> torch.Tensor:
         """Both averages are kept in the basis: until that turns, the first is what turning that of gradients gives."""
         beta1, beta2 = self.betas
-        turned = self._turned(gradient, held, back=False)
-        average(held["exp_avg"], turned, beta1, moving)
-        average(held["exp_avg_sq"], turned * turned, beta2, moving)
-        steps = counts.steps.double().clamp(min=1)
-        step = held["exp_avg_sq"].sqrt()
+        turned = self._turned(gradient, own, back=False)
+        average(own["exp_avg"], turned, beta1, moving, scratch)
+        average(own["exp_avg_sq"], torch.mul(turned, turned, out=scratch), beta2, moving, scratch)
+        steps = Counts(own[COUNTS]).steps.double().clamp(min=1)
+        step = torch.sqrt(own["exp_avg_sq"], out=scratch)
         step += self.eps
-        torch.div(held["exp_avg"], step, out=step)
+        torch.div(own["exp_avg"], step, out=step)
         step *= broadcast((1 - beta2**steps).sqrt() / (1 - beta1**steps), step)
-        return self._turned(step, held, back=True)
+        return self._turned(step, own, back=True)
 
-    def _turned(
-        self, stacked: torch.Tensor, held: Held, back: bool, places: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def _turned(self, stacked: torch.Tensor, own: Mapping[str, torch.Tensor], back: bool) -> torch.Tensor:
         """Into the basis, or back from it."""
         for axis in self._axes(stacked.shape[1:]):
-            basis = held[f"basis_{axis}"] if places is None else held[f"basis_{axis}"][places]
-            basis = basis.to(stacked.dtype)
+            basis = own[f"basis_{axis}"].to(stacked.dtype)
             stacked = along(stacked, basis if back else basis.mT, axis)
         return stacked
 
@@ -105,41 +119,66 @@ class AdamInEigenbasis(Kronecker):
 
         Steps are counted from the second one, the first that moves parameters.
         """
-        later = Turn(turn.step - 1, turn.numbers)
-        everything = list(range(len(turn.numbers)))
-        places = everything if turn.step == 1 else due(later, self.frequency, self.staggered, start=0)
-        fresh = (counts.refreshes[places] == 0).tolist() if places else []
-        for first in (True, False):
-            some = [place for place, one in zip(places, fresh, strict=True) if one is first]
-            if some:
-                self._find(held, counts, some, first, like)
+        axes = self._axes(like.shape[1:])
+        later, recurring = Turn(turn.step - 1, turn.phases), max(1, len(axes))  # without axes a matrix only begins
+        everything = list(range(len(like)))
+        now = due(later, self.frequency, self.staggered, 0, recurring) if turn.step > 1 else [everything] * recurring
+        places, fresh, _ = with_fresh(now, counts)
+        if fresh:
+            self._first(held, counts, fresh, like)
+        turning = [(axis, some) for axis, found in zip(axes, places, strict=False) for some in _together(found, like)]
+        if turning:
+            self._next(held, counts, turning, like)
 
-    def _find(self, held: Held, counts: Counts, places: list[int], first: bool, like: torch.Tensor) -> None:
-        """Find bases of the matrices at some places, and turn their averages. One that fails leaves all as it is."""
+    def _first(self, held: Held, counts: Counts, places: list[int], like: torch.Tensor) -> None:
+        """Find the first bases along all axes. The averages of these matrices are zeros."""
+        axes = self._axes(like.shape[1:])
+        factors = [at(held[f"factor_{axis}"], places).to(like.dtype) for axis in axes]
         seen = torch.ones(len(places), dtype=torch.bool, device=like.device)
-        good, found, squares = seen, {}, held["exp_avg_sq"][places]
-        for axis in self._axes(like.shape[1:]):
-            factor = held[f"factor_{axis}"][places].to(like.dtype)
-            seen = seen & factor.flatten(1).any(1)
-            last = None if first else held[f"basis_{axis}"][places].to(like.dtype)
-            if last is not None:
-                order = (last * (factor @ last)).sum(1).argsort(dim=-1, descending=True, stable=True)
-                last = torch.take_along_dim(last, order[:, None, :], 2)
-                index = order.view(len(places), *[-1 if i == axis else 1 for i in range(like.dim() - 1)])
-                squares = torch.take_along_dim(squares, index.expand_as(squares), axis + 1)
-            found[axis], fine = orthogonal_basis(factor, last)
-            good = good & fine
-        good = good & seen
-        gradient_average = self._turned(held["exp_avg"][places], held, back=True, places=places)
-        for axis, basis in found.items():
-            _replace(held[f"basis_{axis}"], places, basis, good)
-        turned = self._turned(gradient_average, held, back=False, places=places)
-        _replace(held["exp_avg"], places, turned, good)
-        _replace(held["exp_avg_sq"], places, squares, good)
+        for factor in factors:
+            seen &= factor.diagonal(dim1=1, dim2=2).any(1)
+        found = eigenvectors(factors) if factors else []
+        good = seen.clone()
+        for _, fine in found:
+            good &= fine
+        for axis, (basis, _) in zip(axes, found, strict=True):
+            replace(held[f"basis_{axis}"], places, basis, good)
         counts.refreshed(places, good, seen)
 
+    def _next(self, held: Held, counts: Counts, turning: Sequence[tuple[int, list[int]]], like: torch.Tensor) -> None:
+        """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
+        orders, given = [], []
+        for axis, places in turning:
+            last = _columns(at(held[f"basis_{axis}"], places).to(like.dtype))
+            product = torch.bmm(last, at(held[f"factor_{axis}"], places).to(like.dtype))  # symmetric: also columns
+            orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
+            given.append(_ordered(product, orders[-1], 0).mT)
+        found = orthonormal(given)
+        good = torch.ones(len(like), dtype=torch.bool, device=like.device)
+        for (_, places), (_, fine) in zip(turning, found, strict=True):
+            good[places] &= fine
+        for (axis, places), order, (basis, _) in zip(turning, orders, found, strict=True):
+            last, which = at(held[f"basis_{axis}"], places).to(like.dtype), good[places]
+            turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
+            replace(held["exp_avg"], places, turned, which)
+            replace(held["exp_avg_sq"], places, _ordered(at(held["exp_avg_sq"], places), order, axis), which)
+            replace(held[f"basis_{axis}"], places, basis, which)
+        every = sorted({place for _, places in turning for place in places})
+        counts.refreshed(every, good[every], torch.ones_like(good[every]))
 
-def _replace(kept: torch.Tensor, places: Sequence[int], new: torch.Tensor, good: torch.Tensor) -> None:
-    """Keep what is good of something new for the matrices at some places."""
-    old = kept[places]
-    kept[places] = torch.where(broadcast(good, old), new.to(kept.dtype), old)
+
+def _together(places: list[int], like: torch.Tensor) -> list[list[int]]:
+    """Places to be worked on together: on CPUs each by itself, so that nothing is copied to make a stack."""
+    return [[place] for place in places] if like.device.type == "cpu" else [places] if places else []
+
+
+def _columns(stacked: torch.Tensor) -> torch.Tensor:
+    """The columns of each matrix as rows, which lie together in memory. (One by one: a stack's copy is slow.)"""
+    return torch.stack([one.T.contiguous() for one in stacked]) if len(stacked) > 1 else stacked[0].T.contiguous()[None]
+
+
+def _ordered(stacked: torch.Tensor, order: torch.Tensor, axis: int) -> torch.Tensor:
+    """Each of ``[n, *shape]`` with an axis in an order of its own, ``[n, shape[axis]]``."""
+    if len(stacked) == 1:
+        return stacked.index_select(axis + 1, order[0])
+    return torch.stack([one.index_select(axis, which) for one, which in zip(stacked, order, strict=True)])

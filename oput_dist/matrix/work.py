@@ -27,8 +27,9 @@ class Turn:
 
     step: int
     """Of the parameter group, from 1."""
-    numbers: tuple[int, ...]
-    """Of the matrices in their group, in the order of the stack: tells apart what is not to fall due together."""
+    phases: tuple[tuple[int, ...], ...]
+    """For each matrix of the stack, when each of its :meth:`Work.recurring` falls due: from 0 to the period, less one.
+    """
 
 
 class Held:
@@ -45,7 +46,7 @@ class Held:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
         self._shapes, self._memory = shapes, memory
         self._stacked: dict[str, torch.Tensor] = {}
-        self._copied: set[str] = set()
+        self._copied = {name for name, parts in memory.items() if not _adjacent(parts)}
 
     @property
     def names(self) -> list[str]:
@@ -55,22 +56,30 @@ class Held:
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._stacked:
             parts, shape = self._memory[name], self._shapes[name]
-            if _adjacent(parts):
+            if name not in self._copied:
                 first, size = parts[0], parts[0].numel()
                 stacked = first.as_strided((len(parts), size), (size, 1), first.storage_offset())
             else:
                 stacked = torch.stack(list(parts))
-                self._copied.add(name)
             self._stacked[name] = stacked.view(len(parts), *shape)
         return self._stacked[name]
+
+    def part(self, part: slice) -> dict[str, torch.Tensor]:
+        """Of some of the matrices that follow each other, as views."""
+        return {name: self[name][part] for name in self._shapes}
 
     def only(self, places: Sequence[int]) -> Held:
         """Of some of the matrices."""
         return Held(self._shapes, {name: [parts[i] for i in places] for name, parts in self._memory.items()})
 
+    @property
+    def in_place(self) -> bool:
+        """Whether all of it are views, so that it can serve again while the memory stays."""
+        return not self._copied
+
     def finish(self) -> None:
         """Write back what is not a view."""
-        for name in self._copied:
+        for name in self._copied & self._stacked.keys():
             torch._foreach_copy_(list(self._memory[name]), list(self._stacked[name].flatten(1).unbind()))
 
 
@@ -102,6 +111,13 @@ class Work(ABC):
         """What the owner of a matrix keeps, by name; ``dtype`` is that of the computation. By default nothing."""
         return {}
 
+    def recurring(self, shape: Shape) -> tuple[int, tuple[float, ...]]:
+        """Steps of a period, and the costs of what is done for a matrix once in it. By default nothing is.
+
+        What recurs in all matrices is spread over the steps of the period, so that they take about the same time.
+        """
+        return 1, ()
+
     @abstractmethod
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        """``[n, *shape]`` of some matrices, which must not be written to, to the same shape, each by itself."""
+        """``[n, *shape]`` of some matrices, which may be written to, to the same shape, each by itself."""

@@ -40,9 +40,9 @@ class MatrixReport:
     gradients: int
     """That counted: of every block and step those that were finite and not zero everywhere."""
     refreshes: int
-    """Times that the roots or bases of a block were found anew."""
+    """Steps at which roots or bases of a block were found anew, along all axes or some, summed over the blocks."""
     failures: int
-    """Times that they could not be found, so that the last ones stayed."""
+    """Of those at which they could not be found, so that the last ones stayed."""
 
 
 class Preconditioned(Matrixwise):

@@ -77,8 +77,9 @@ class Shampoo(Preconditioned):
         block_size: the longest side of a block, an integer >= 1; None: no blocks. Default 1024.
         precondition_frequency: steps from root to root of a block, an integer >= 1. Default 10.
         start_step: the first step with roots, an integer >= 1. Default 1.
-        stagger: refresh every block at a step of its own out of ``precondition_frequency``, so that no step is much
-            longer than others; else all at ``start_step`` and at multiples of the frequency. Default True.
+        stagger: refresh every axis of every block at a step of its own out of ``precondition_frequency``, so that all
+            steps take about the same time (a block without roots finds all at the first of them); else all at
+            ``start_step`` and at multiples of the frequency. Default True.
         exponents: for each number of axes the exponent of its factors (its last value for more): ``(1, 0.5, 0.25)``;
             each > 0. None for :math:`1/2k`. Default None.
         root_method: ``"eigh"``, an eigendecomposition; ``"newton"``, coupled Newton iterations, for whole ``2k``;

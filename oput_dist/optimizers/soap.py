@@ -50,8 +50,8 @@ class SOAP(Preconditioned):
         precondition_frequency: steps from basis to basis, an integer >= 1. Default 10.
         max_preconditioner_dim: axes that are longer keep their own basis, an integer >= 1. Default 10000.
         block_size: the longest side of a block, an integer >= 1; None: no blocks. Default None.
-        stagger: refresh every block at a step of its own out of ``precondition_frequency``, so that no step is much
-            longer than others; else all at multiples of the frequency. Default True.
+        stagger: refresh every axis of every block at a step of its own out of ``precondition_frequency``, so that all
+            steps take about the same time; else all at multiples of the frequency. Default True.
         factor_dtype: ``"bfloat16"`` to keep factors and bases in it; None for the parameters' own. Default None.
         adam_factor: learning rate of AdamW for the other parameters, as a factor of ``lr``, >= 0. Default 1.
         matrix_params: ``(name, layer, axes) -> bool``: what is a matrix; None: as said above. Default None.

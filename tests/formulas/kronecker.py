@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def shampoo(
     graft: str | None = "adam",
     graft_beta: float = 0.999,
     graft_eps: float = 1e-8,
+    phases: Sequence[int] | None = None,
 ) -> None:
     if p.ndim < 2:
         adamw(p, g, memory, t, lr, weight_decay, (0.9, 0.999), 1e-8)
@@ -71,7 +73,9 @@ def shampoo(
             betas,
             betas[0] if beta3 is None else beta3,
             eps,
-            (t % precondition_frequency == 0 and t > start_step) or t == start_step,
+            [(t + phase) % precondition_frequency == 0 for phase in phases]
+            if phases is not None
+            else [t == start_step or (t > start_step and t % precondition_frequency == 0)] * p.ndim,
             exponents,
             graft,
             graft_beta,
@@ -86,7 +90,7 @@ def block_update(
     betas: tuple[float, float],
     beta3: float,
     eps: float,
-    refresh: bool,
+    refresh: Sequence[bool],
     exponents: tuple[float, ...] | None,
     graft: str | None,
     graft_beta: float,
@@ -106,10 +110,12 @@ def block_update(
     )
     corrected = own["v"] / (1 - graft_beta**t) if graft == "adam" else own["v"]
     d = f if graft in (None, "sgd") else f / (corrected.sqrt() + graft_eps)
-    if refresh:
+    if any(refresh):
         exponent = 1 / (2 * k) if exponents is None else exponents[k - 1]
         correction = 1.0 if beta2 == 1 else 1 - beta2**t
-        own["roots"] = [power(a / correction + eps * torch.eye(len(a), dtype=g.dtype), -exponent) for a in factors]
+        found = [power(a / correction + eps * torch.eye(len(a), dtype=g.dtype), -exponent) for a in factors]
+        last = own.get("roots", found)  # the first time all are found
+        own["roots"] = [new if now else old for new, old, now in zip(found, last, refresh, strict=True)]
     if "roots" not in own:
         return d
     u = f
@@ -131,6 +137,7 @@ def soap(
     precondition_frequency: int = 10,
     max_preconditioner_dim: int = 10000,
     stagger: bool = False,
+    phases: Sequence[int] | None = None,
 ) -> None:
     if p.ndim < 2:
         adamw(p, g, memory, t, lr, weight_decay, betas, eps)
@@ -158,7 +165,7 @@ def soap(
         if t == 1:
             u, _, _ = torch.linalg.svd(factors[i])
             bases[i] = u
-        elif (t - 1) % precondition_frequency == 0:
+        elif (t - 1 + (0 if phases is None else phases[i])) % precondition_frequency == 0:
             product = factors[i] @ bases[i]
             order = (bases[i] * product).sum(0).argsort(descending=True)
             memory["v"] = memory["v"].index_select(i, order)
