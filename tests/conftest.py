@@ -20,12 +20,13 @@ LONGEST = (
     "test_conformance",
     "test_deepspeed",
     "test_compile",
-    "test_kernels",
-    "test_checkpoint_matrix",
     "test_recipes",
+    "test_kernels",
     "test_train",
     "test_deepspeed_launch",
     "test_deepspeed_checkpoint",
+    "test_launch_scripts",
+    "test_checkpoint_matrix",
 )
 
 
