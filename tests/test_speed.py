@@ -41,7 +41,7 @@ def test_ratio(elements: int, tensors: int, names: tuple[str, str], limit: float
 
 
 def test_host_time_of_steps_over_many_sharded_parameters(pool: Pool) -> None:
-    """CPU time of rank 0, so that other programs matter little. The aim is 1.2; AdamP takes more."""
+    """CPU time of rank 0, so that other programs matter little. The bar is 1.2, the margin for a busy machine."""
     seen = []
     for _ in range(3):
         times = pool.run(2, host_times, 500, 5, timeout=180.0)[0]
