@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 SHAPES: list[tuple[int, ...]] = [(1,), (1023,), (1024,), (1025,), (5000,), (2, 1024), (33, 31), ()]
+INTERPRETED: list[tuple[int, ...]] = [(1,), (1023,), (1024,), (2049,), (3, 300), (33, 31), ()]
+"""Where a tile takes milliseconds: each border once, full tiles aligned and not, boxes of several tiles either way."""
 BOXES: list[tuple[int, ...]] = [
     *((7, 5), (64, 256), (33, 130), (8, 128), (300, 16), (5, 1), (1, 9)),
     *((4, 3, 2, 2), (3, 40, 48)),
@@ -69,6 +71,11 @@ class Setup:
     def name(self) -> str:
         state = "" if self.state_dtype is None else f", state {str(self.state_dtype)[6:]}"
         return f"{self.backend} {str(self.dtype)[6:]}{state}"
+
+
+def shapes_for(setup: Setup) -> list[tuple[int, ...]]:
+    """All odd shapes, and on a GPU so many tensors that a launch has several of each."""
+    return [*SHAPES, *SHAPES[:1], *SHAPES] if setup.device.type == "cuda" else INTERPRETED
 
 
 def tensors(setup: Setup, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[torch.Tensor]:
@@ -193,12 +200,12 @@ def worst(setup: Setup, variant: Variant, before: Snapshot, got: Snapshot, wante
 def follow(
     variant: Variant,
     setup: Setup,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    shapes: Sequence[tuple[int, ...]] = (),
     lr: float = LR,
     tensor_on: torch.device | None = None,
 ) -> Result:
     """Some steps, each compared with the reference's step from the same values. ``tensor_on``: lr is a tensor there."""
-    params = tensors(setup, shapes)
+    params = tensors(setup, shapes or shapes_for(setup))
     given: Any = lr if tensor_on is None else torch.tensor(lr, device=tensor_on)
     plain: dict[str, Any] = {"kahan_sum": False}  # what that adds is another check, rounding_checks.compensated
     optimizer = variant.build(
@@ -220,7 +227,7 @@ def same_as_eager(variant: Variant, setup: Setup) -> Result:
     Without sums the state must be bitwise equal; parameters, and the state of ``ROOTED``, but for the roots, which
     torch takes to one unit in the last place only. With sums both must be as near as the fp64 result.
     """
-    params = tensors(setup, SHAPES)
+    params = tensors(setup, shapes_for(setup))
     optimizer = variant.build(groups(params, LR), backend=setup.backend)
     eps = torch.finfo(setup.dtype).eps
     error = 0.0
@@ -247,7 +254,7 @@ def same_as_eager(variant: Variant, setup: Setup) -> Result:
 
 def accuracy(variant: Variant, setup: Setup) -> Result:
     """All odd shapes, alignments, two groups, unequal step counts."""
-    return follow(variant, setup, [*SHAPES, *SHAPES[:1], *SHAPES] if setup.device.type == "cuda" else SHAPES)
+    return follow(variant, setup)
 
 
 def tensor_lr(variant: Variant, setup: Setup, on: torch.device) -> Result:

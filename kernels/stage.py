@@ -8,7 +8,7 @@ engine sums over the whole parameter, or over all of its axes but some, whatever
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, TypeAlias
 
@@ -54,7 +54,7 @@ class Factors:
         n: how many scalars it returns.
     """
 
-    rule: Rule
+    rule: Rule = field(hash=False)  # Triton hashes its source anew each time
     n: int = 1
 
 
@@ -132,7 +132,7 @@ class Update:
     State that a rule only reads comes last, and is left out of what it returns: then it is not stored.
     """
 
-    rule: Rule
+    rule: Rule = field(hash=False)  # Triton hashes its source anew each time
     given: Given | None = None
     sums: ClassVar[tuple[Axes, ...]] = ()
     maxima: ClassVar[tuple[Axes, ...]] = ()
@@ -153,7 +153,7 @@ class Measure:
             maximum is 0.
     """
 
-    rule: Rule
+    rule: Rule = field(hash=False)  # Triton hashes its source anew each time
     sums: tuple[Axes, ...]
     writes_state: bool = True
     given: Given | None = None
@@ -165,7 +165,7 @@ class Measure:
 class Apply:
     """``rule(p, g, state, h, c) -> p``: writes the parameter, reads the state."""
 
-    rule: Rule
+    rule: Rule = field(hash=False)  # Triton hashes its source anew each time
     given: Given | None
     sums: ClassVar[tuple[Axes, ...]] = ()
     maxima: ClassVar[tuple[Axes, ...]] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts its threads: the machine is shared with the ranks
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts its threa
 import pytest
 
 from tests import pool as pool_module
+from tests.interpreting import interpreters
 from tests.matrix import Tally
 
 TALLY = Tally()
@@ -18,12 +20,13 @@ LONGEST = (
     "test_conformance",
     "test_deepspeed",
     "test_compile",
-    "test_kernels",
-    "test_checkpoint_matrix",
     "test_recipes",
+    "test_kernels",
     "test_train",
     "test_deepspeed_launch",
     "test_deepspeed_checkpoint",
+    "test_launch_scripts",
+    "test_checkpoint_matrix",
 )
 
 
@@ -52,3 +55,13 @@ def pool() -> Iterator[pool_module.Pool]:
     workers = pool_module.Pool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Executor]:
+    """Processes in which Triton interprets its kernels, started at the first use: ``interpreter.submit(fn, *args)``."""
+    with interpreters() as pool:
+        from oput_dist.backends import interpreting
+
+        assert pool.submit(interpreting).result()
+        yield pool

@@ -89,8 +89,10 @@ def enter() -> Any:
         groups.mesh_device = None
         deepspeed.zero.Init.param_id = 0  # counts alike on ranks that were in other worlds before
     groups.mpu = None  # as tensor parallelism leaves it
+    # Every engine of stage 3 collects garbage: 0.4 s in a process that has imported so much, and still 0.05 s with
+    # what the first engines import.
     gc.collect()
-    gc.freeze()  # every engine of stage 3 collects garbage: nearly half of its time in a process that imported so much
+    gc.freeze()
     return deepspeed
 
 

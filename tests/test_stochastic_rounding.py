@@ -24,11 +24,9 @@ from tests.conformance import SHAPES, Case, faults, held, start_values
 from tests.pool import Pool
 from tests.test_conformance import BY_NAME
 from tests.test_kahan import Regression
-from tests.test_kernels import CPU, interpreter, run
+from tests.test_kernels import CPU, run
 from tests.toy import make, parameters, same, walk
 from tests.wrapped import LAYOUTS
-
-__all__ = ["interpreter"]
 
 SHORT = (torch.bfloat16, torch.float16)
 TOSSES = [(toss_bfloat16, torch.bfloat16, 16), (toss_float16, torch.float16, 13)]

@@ -16,7 +16,6 @@ from benchmarks.matrix_checks import LAYOUTS, SMALL, drawn, product_error, symme
 from oput_dist.kernels.symmetric import SUPPORTED, Launch, launch_of
 from oput_dist.matrix import products
 from oput_dist.matrix.products import symmetric
-from tests.test_kernels import interpreter as interpreter
 from tests.test_kernels import run
 
 CPU = torch.device("cpu")

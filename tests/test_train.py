@@ -23,6 +23,8 @@ from launch.report import keep_rows
 from launch.schedule import scale
 from launch.train import main
 from launch.world import World
+from tests.pool import Pool
+from tests.test_recipes import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
@@ -99,11 +101,12 @@ def test_resume_after_sigkill_continues_bitwise(uninterrupted: Path, tmp_path: P
 
 @pytest.mark.parametrize(("before", "after"), [((2, "fsdp2"), (1, "single")), ((1, "single"), (2, "zero1"))])
 def test_another_number_of_ranks_continues_to_rounding(
-    uninterrupted: Path, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
+    pool: Pool, uninterrupted: Path, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
+    """The curve to follow is torchrun's; these runs are on the ranks of the pool."""
     for (ranks, parallel), steps in ((before, STEPS // 2), (after, STEPS)):
         flags = ["--parallel", parallel, "--steps", steps, "--out", tmp_path, "--checkpoint", tmp_path / "saved"]
-        trained(ranks, *STEADY, *flags, "--resume")
+        pool.run(ranks, train, [*STEADY, *map(str, flags), "--resume"])
     wanted = curve(uninterrupted)
     assert_close(curve(tmp_path), wanted)
     assert wanted[-1]["val_loss"] < wanted[0]["val_loss"] - 0.2
@@ -117,13 +120,13 @@ def test_another_number_of_ranks_continues_to_rounding(
     ],
     ids=["sophia", "sam"],
 )
-def test_what_wrappers_and_estimates_keep_continues_bitwise(tmp_path: Path, kind: list[str]) -> None:
+def test_what_wrappers_and_estimates_keep_continues_bitwise(pool: Pool, tmp_path: Path, kind: list[str]) -> None:
     """Estimates are due every 10 steps, slow weights meet every 5, the run is left at the 8th."""
     flags = [*SMALL, *kind, "--schedule", "constant", "--lr", "0.003", "--opt", "backend=foreach"]
-    trained(2, *flags, "--steps", 14, "--out", tmp_path / "whole")
-    saving = ["--out", tmp_path / "parts", "--checkpoint", tmp_path / "saved", "--resume"]
-    for steps in (8, 14):
-        trained(2, *flags, "--steps", steps, *saving)
+    pool.run(2, train, [*flags, "--steps", "14", "--out", str(tmp_path / "whole")])
+    saving = ["--out", str(tmp_path / "parts"), "--checkpoint", str(tmp_path / "saved"), "--resume"]
+    for steps in ("8", "14"):
+        pool.run(2, train, [*flags, "--steps", steps, *saving])
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 

@@ -90,6 +90,14 @@ class Stack:
     factors: tuple[torch.Tensor, ...]
     """What the stage is given: tensors that broadcast against ``[boxes, *shape]``."""
 
+    def part(self, start: int, stop: int) -> Stack:
+        """Some of the boxes."""
+        if start == 0 and stop >= len(self.which):
+            return self
+        factors = tuple(factor[start:stop] if len(factor) > 1 else factor for factor in self.factors)
+        tensors = [column[start:stop] for column in self.tensors]
+        return Stack(self.shape, self.strides, tensors, self.which[start:stop], factors)
+
 
 class Backend(Protocol):
     """Runs stages on local tensors."""

@@ -116,6 +116,14 @@ class TorchBackend:
     def _run_stack(
         self, stage: Stage, batch: Batch, stack: Stack, rows: torch.Tensor, scale: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
+        most = max(1, self.chunk // max(1, math.prod(stack.shape)))
+        parts = [stack.part(start, start + most) for start in range(0, len(stack.which), most)]
+        made = [self._run_boxes(stage, batch, part, rows, scale) for part in parts]
+        return made[0] if len(made) == 1 else tuple(torch.cat(terms) for terms in zip(*made, strict=True))
+
+    def _run_boxes(
+        self, stage: Stage, batch: Batch, stack: Stack, rows: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         n, ndim = len(stack.which), len(stack.shape)
         packed = [tensors[0] if n == 1 else torch.cat(tensors) for tensors in stack.tensors]
         size = packed[0].numel() // n

@@ -13,7 +13,7 @@ from oput_dist.kernels.stage import Agreed, Axes, Factors, Given, Joint, JointWi
 
 from .recipe import Recipe, vector_shape
 from .slot import Slot
-from .sums import Boundary, Family, broadcast_shape
+from .sums import Boundary, Family, Members, broadcast_shape
 
 __all__ = ["Between", "Context"]
 
@@ -36,12 +36,15 @@ class Between:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._totals: dict[int, dict[torch.device, tuple[Boundary, torch.Tensor]]] = {}  # by stage
-        self._factors: dict[int, list[tuple[torch.Tensor, int]]] = {}  # slot -> factors of its family, and its place
+        self._members: list[Members] = []  # of each boundary so far; a slot may be in several
+        self._factors: dict[int, list[torch.Tensor]] = {}  # by id of the family
         self._joint: dict[int, torch.Tensor] = {}  # group -> its factors
+        self._memories: dict[int, tuple[torch.Tensor, ...]] = {}  # slot -> its vector state
 
     def settle(self, number: int, boundary: Boundary, table: torch.Tensor, device: torch.device) -> None:
         """Take the totals of one device after stage ``number``, and make what :class:`Vectors` make of them."""
         self._totals.setdefault(number, {})[device] = (boundary, table)
+        self._members.append(boundary.members)
         for family in boundary.families.values():
             self._settle_family(number, boundary, table, family)
 
@@ -56,7 +59,7 @@ class Between:
         count, step = (boundary.totals(table, family, item, ()) for item in family.counts)
         if not family.by_maximum:
             step = step / count.clamp(min=1.0)
-        memories = [self._vectors(family, name, kept) for name, kept in recipe.vectors]
+        memories = self._vectors(family)
         n, ndim = len(family.slots), len(family.shape)
         old = tuple(
             torch.stack(memory).double().view(n, *broadcast_shape(family.shape, kept))
@@ -73,28 +76,43 @@ class Between:
 
     def _keep_factors(self, family: Family, factors: Sequence[torch.Tensor], axes: Sequence[Axes]) -> None:
         compute, n = compute_dtype(family.slots[0].dtype), len(family.slots)
-        for factor, kept in zip(factors, axes, strict=True):
-            whole = factor.to(compute).expand(n, *broadcast_shape(family.shape, kept))
-            for place, slot in enumerate(family.slots):
-                self._factors.setdefault(slot.index, []).append((whole, place))
+        self._factors[id(family)] = [
+            factor.to(compute).expand(n, *broadcast_shape(family.shape, kept))
+            for factor, kept in zip(factors, axes, strict=True)
+        ]
 
-    def give_stored(self, families: Sequence[Family]) -> None:
+    def _factors_of(self, slots: Sequence[Slot]) -> list[tuple[torch.Tensor, list[int]]]:
+        """The factors so far of slots in one family, and the places of the slots in each."""
+        found = []
+        for members in self._members:
+            if slots[0].index in members:
+                family, rows = members[slots[0].index][0], [members[slot.index][1] for slot in slots]
+                found += [(factor, rows) for factor in self._factors[id(family)]]
+        return found
+
+    def give_stored(self, families: Sequence[Family], members: Members) -> None:
         """Give first stages the vector state as it is, where they ask for it."""
+        self._members.append(members)
         for family in families:
             vectors = family.recipe.vectors
-            stacked = [torch.stack(self._vectors(family, name, kept)) for name, kept in vectors]
+            stacked = [torch.stack(memories) for memories in self._vectors(family)]
             shapes = [(len(family.slots), *broadcast_shape(family.shape, kept)) for _, kept in vectors]
             factors = [memory.view(shape) for memory, shape in zip(stacked, shapes, strict=True)]
             self._keep_factors(family, factors, [kept for _, kept in vectors])
 
-    def _vectors(self, family: Family, name: str, axes: Axes) -> list[torch.Tensor]:
-        """The vector state of all members, each rank's copy; of what is frozen, zeros that are not kept."""
-        memories = []
+    def _vectors(self, family: Family) -> list[list[torch.Tensor]]:
+        """Each vector state of all members, each rank's copy; of what is frozen, zeros that are not kept."""
+        named = [(name, vector_shape(family.shape, axes)) for name, axes in family.recipe.vectors]
+        if not named:
+            return []
+        known = self._memories
         for slot in family.slots:
-            live = slot.parameter.requires_grad or slot.parameter.grad is not None
-            state = self._context.state[slot.parameter] if live else {}
-            memories.append(slot.vector(state, name, vector_shape(slot.layout.shape, axes), compute_dtype(slot.dtype)))
-        return memories
+            if slot.index not in known:
+                live = slot.parameter.requires_grad or slot.parameter.grad is not None
+                state = self._context.state[slot.parameter] if live else {}
+                dtype = compute_dtype(slot.dtype)
+                known[slot.index] = tuple([slot.vector(state, name, shape, dtype) for name, shape in named])
+        return [list(column) for column in zip(*(known[slot.index] for slot in family.slots), strict=True)]
 
     # -------------------------------------------------------------------------------------------- the whole model
 
@@ -137,7 +155,7 @@ class Between:
             return scale if before is None else torch.cat([before, scale], 1)
         if isinstance(given, Factors):
             return self._summed(number, slots, batch)
-        known = [[f[i].reshape(()) for f, i in self._factors.get(slot.index, ())] for slot in slots]
+        known = [[f[i].reshape(()) for f, (i,) in self._factors_of([slot])] for slot in slots]
         if isinstance(given, Joint):
             joint = self._joint_rows(slots)
             return (
@@ -181,10 +199,9 @@ class Between:
         """
         axes, given = recipe.factors(number), recipe.stages[number].given
         result = []
-        for k, kept in enumerate(axes):
-            family = self._factors[slots[0].index][k][0]
-            rows = [self._factors[slot.index][k][1] for slot in slots]
-            whole = family if rows == list(range(len(family))) else family[torch.tensor(rows, device=family.device)]
+        for (whole, rows), kept in zip(self._factors_of(slots), axes, strict=True):
+            if rows != list(range(len(whole))):
+                whole = whole[torch.tensor(rows, device=whole.device)]
             result.append(_part(whole, own, kept))
         scalars = []
         if isinstance(given.before if isinstance(given, Agreed) else given, Joint):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Slot:
         self.in_place = same_order(piece, self.strides)
         self._flat = flat(piece, self.strides) if self.in_place else None
         self._names: tuple[str, ...] = ()
-        self._values: list[torch.Tensor] = []
+        self._known: list[tuple[str, torch.Tensor, int]] = []  # name, value and address of each
         self._views: tuple[torch.Tensor, ...] = ()
 
     def stale(self) -> bool:
@@ -88,14 +88,14 @@ class Slot:
         return f"{name}.{self.layout.name}" if self.shared else name
 
     def vector(
-        self, state: MutableMapping[str, Any], name: str, shape: Sequence[int], dtype: torch.dtype
+        self, state: MutableMapping[str, Any], name: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
         """The local memory of state that is not parameter-shaped; zeros of a dtype are made if it is missing."""
         key = self.key(name)
         if state.get(key) is None:
             state[key] = self.layout.vector(shape, dtype)
         memory = self.layout.memory_of_vector(state[key])
-        if tuple(memory.shape) != tuple(shape):
+        if memory.shape != shape:
             raise ValueError(
                 f"state {key!r} of {self.name} has shape {tuple(memory.shape)}, but it must be {tuple(shape)}"
             )
@@ -146,14 +146,18 @@ class Slot:
 
         What rounding lost is always in the parameter's dtype.
         """
-        if names == self._names and all(
-            state.get(n) is v and self.layout.piece_of_state(v).data_ptr() == flat.data_ptr()
-            for n, v, flat in zip(names, self._values, self._views, strict=True)
-        ):
-            return self._views
-        self._views = tuple(self._flat_state(state, name, dtype) for name in names)
-        self._names, self._values = names, [state[name] for name in names]
+        if names != self._names or not self._kept(state):
+            self._views = tuple(self._flat_state(state, name, dtype) for name in names)
+            self._names = names
+            self._known = [(n, state[n], flat.data_ptr()) for n, flat in zip(names, self._views, strict=True)]
         return self._views
+
+    def _kept(self, state: MutableMapping[str, Any]) -> bool:
+        """Whether all state is where it was at the last step."""
+        for name, value, address in self._known:  # a loop, for it runs for every parameter at every step
+            if state.get(name) is not value or self.layout.piece_of_state(value).data_ptr() != address:
+                return False
+        return True
 
     def lost(self, state: MutableMapping[str, Any]) -> torch.Tensor | None:
         """What rounding this rank's piece of the parameter lost, 1-d, where that is kept."""

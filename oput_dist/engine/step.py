@@ -28,7 +28,7 @@ from .recipe import Group, Recipe, as_scalar, decay_scalar, prologue_of
 from .scaling import gradient_scale, norm_tables
 from .slot import Slot, vectors_of
 from .stacks import stacks_of
-from .sums import Boundary, Family
+from .sums import Boundary, Family, Members, members_of
 from .writing import names_of, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
@@ -94,6 +94,7 @@ class Step:
         self._scalars = scalars
         made: dict[Any, int] = {}
         self._kinds: list[tuple[Recipe, Prologue]] = []  # one for slots that are updated alike
+        self._names: list[tuple[str, ...]] = []  # of the state of each kind
         self._kind: list[int] = []
         for slot in plan.slots:
             key = (slot.group, slot.layout.shape, slot.dtype)
@@ -103,6 +104,7 @@ class Step:
                 kind = (one, prologue_of(one, self._groups[slot.group], write))
                 if kind not in self._kinds:
                     self._kinds.append(kind)
+                    self._names.append(names_of(one.state, options.write, slot.dtype))
                 made[key] = self._kinds.index(kind)
             self._kind.append(made[key])
         self._check_sums()
@@ -153,15 +155,14 @@ class Step:
         return self._kinds[self._kind[slot.index]][0]
 
     def _names_of(self, slot: Slot) -> tuple[str, ...]:
-        return names_of(self.recipe_of(slot).state, self._options.write, slot.dtype)
+        return self._names[self._kind[slot.index]]
 
     def _state_of(self, slot: Slot) -> tuple[torch.Tensor | Cell, ...]:
         return kept_state(slot, self.state[slot.parameter], self._names_of(slot), self._options)
 
     def _check_loss(self, present: Sequence[Slot]) -> None:
-        if self._loss is None and any(
-            isinstance(s.given, JointWithLoss) for slot in present for s in self.recipe_of(slot).stages
-        ):
+        asking = [any(isinstance(s.given, JointWithLoss) for s in recipe.stages) for recipe, _ in self._kinds]
+        if self._loss is None and any(asking) and any(asking[self._kind[slot.index]] for slot in present):
             raise ValueError("this optimizer needs the batch loss: call step(loss=loss) or step(closure)")
 
     def _rehearsal(self, gradients: Active, matrices: Matrices | None) -> bool:
@@ -273,7 +274,7 @@ class Step:
     ) -> None:
         """Stage after stage. Whether sums are exchanged between two depends on the recipes alone, not on gradients."""
         between, coding = Between(self), self._coding()
-        between.give_stored(self._families_of_stored())
+        between.give_stored(*self._families_of_stored())
         for number in range(max((len(recipe.stages) for recipe, _ in self._kinds), default=0)):
             boundaries = self._boundaries(number)
             tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
@@ -303,7 +304,7 @@ class Step:
 
         return Coding(self._plan, coded, (tuple(self._kind), tuple(self._kinds)), self._options.backends)
 
-    def _families_of_stored(self) -> list[Family]:
+    def _families_of_stored(self) -> tuple[list[Family], Members]:
         """Slots whose first stage is given their vector state, those of one recipe and shape together."""
         key = ("stored", tuple(self._kind), tuple(self._kinds))
         if key not in self._plan.memo:
@@ -313,16 +314,18 @@ class Step:
                 if isinstance(recipe.stages[0].given, Stored):
                     family = families.setdefault((recipe, slot.layout.shape), Family(recipe, slot.layout.shape))
                     family.slots.append(slot)
-            self._plan.memo[key] = list(families.values())
-        known: list[Family] = self._plan.memo[key]
+            self._plan.memo[key] = (list(families.values()), members_of(families.values()))
+        known: tuple[list[Family], Members] = self._plan.memo[key]
         return known
 
     def _settle_jointly(self, number: int, between: Between) -> None:
+        kinds = [bool(r.sums(number)) and isinstance(r.stages[number + 1].given, Joint) for r, _ in self._kinds]
+        if not any(kinds):
+            return
         recipes, h = {}, {}
         for slot in self._plan.slots:
-            recipe = self.recipe_of(slot)
-            if slot.group not in recipes and recipe.sums(number) and isinstance(recipe.stages[number + 1].given, Joint):
-                recipes[slot.group] = recipe
+            if slot.group not in recipes and kinds[self._kind[slot.index]]:
+                recipes[slot.group] = self.recipe_of(slot)
                 h[slot.group] = self._scalars(self._groups[slot.group], self._steps.get(slot, 1))
         if recipes:
             between.settle_jointly(number, recipes, h)
@@ -374,10 +377,10 @@ class Step:
             given = [between.factors(number, recipe, stack.slots, stack.index, bucket.batch) for stack in stacks]
             made = [stack.with_factors(factors) for stack, factors in zip(stacks, given, strict=True)]
             sums = backend.run_stacks(stage, bucket.batch, made)
+            kept = (*recipe.sums(number), *recipe.maxima(number))
             for stack, terms in zip(stacks, sums, strict=True):
-                kept = (*recipe.sums(number), *recipe.maxima(number))
-                for i, (axes, term) in enumerate(zip(kept, terms, strict=True)):
-                    boundaries[device].add(tables[device], stack.slots, i, axes, stack.index, term)
+                if terms:
+                    boundaries[device].add(tables[device], stack.slots, kept, stack.index, terms)
             result = None
         else:
             result = backend.run(stage, bucket.batch, between.table(number, recipe, bucket.slots, bucket.batch))

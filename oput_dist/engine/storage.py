@@ -125,6 +125,11 @@ def check_storage(owner: str, storage: Storage | None, names: Collection[str]) -
             raise ValueError(
                 f"{owner}: state_dtype names {name!r}, but the state of this optimizer is {known}{nearest(name, names)}"
             )
+        if isinstance(kind, str) and codable(name) is None:
+            raise ValueError(
+                f"{owner}: state_dtype={{{name!r}: {kind!r}}}: {name!r} cannot be kept in {kind}, since errors of "
+                "codes would add up in it; leave it out, or give a dtype such as 'bf16'"
+            )
     kinds = [kind for kind in (storage.overall, *(kind for _, kind in storage.overrides)) if isinstance(kind, str)]
     if kinds and all(codable(name) is None for name in names):
         known = ", ".join(map(repr, sorted(names))) or "none in the shape of a parameter"

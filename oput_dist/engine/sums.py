@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from oput_dist.kernels.stage import WHOLE, Axes, Vectors
 from .recipe import Recipe, Shape
 from .slot import Slot
 
-__all__ = ["Boundary", "Family", "broadcast_shape"]
+__all__ = ["Boundary", "Family", "Members", "broadcast_shape", "members_of"]
 
 
 def broadcast_shape(shape: Shape, axes: Axes) -> tuple[int, ...]:
@@ -37,6 +37,15 @@ class Family:
     """Numbers of the items of the element counts and of the step counts."""
     by_maximum: bool = False
     """Whether counts are exchanged as maxima, since nothing is summed."""
+
+
+Members: TypeAlias = dict[int, tuple[Family, int]]
+"""By number of the slot: its family, and its place in it."""
+
+
+def members_of(families: Iterable[Family]) -> Members:
+    """The slots of some families."""
+    return {slot.index: (family, place) for family in families for place, slot in enumerate(family.slots)}
 
 
 class Boundary:
@@ -62,7 +71,6 @@ class Boundary:
         self._order: list[tuple[bool, int]] = []  # item -> whether a maximum, and place among those of its kind
         self.families: dict[tuple[object, ...], Family] = {}
         self._rows: dict[int, int] = {}  # slot -> item
-        self._members: dict[int, tuple[Family, int]] = {}  # slot -> family and place in it
         for slot in slots:
             recipe = recipe_of(slot)
             if not recipe.measures(number):
@@ -71,6 +79,7 @@ class Boundary:
                 self._add_member(slot, recipe)
             else:
                 self._rows[slot.index] = self._item(slot.layout.groups, len(recipe.sums(number)) + 1)
+        self.members = members_of(self.families.values())
         for family in self.families.values():
             self._add_items(family, number)
         self._loss = None if loss_groups is None or not self._rows else self._item(loss_groups, 1)
@@ -95,9 +104,7 @@ class Boundary:
 
     def _add_member(self, slot: Slot, recipe: Recipe) -> None:
         key = (recipe, slot.layout.shape, slot.layout.groups)
-        family = self.families.setdefault(key, Family(recipe, slot.layout.shape))
-        self._members[slot.index] = (family, len(family.slots))
-        family.slots.append(slot)
+        self.families.setdefault(key, Family(recipe, slot.layout.shape)).slots.append(slot)
 
     @property
     def empty(self) -> bool:
@@ -133,33 +140,39 @@ class Boundary:
         if slot.index in self._rows:
             item = self._rows[slot.index]
             return list(range(self._starts[item], self._starts[item] + self._sizes[item]))
-        family, place = self._members[slot.index]
+        family, place = self.members[slot.index]
         return [self._starts[item] + place for item in (*family.terms, *family.counts)]
 
-    def place(self, slot: Slot) -> int:
-        """The place of a slot among the members of its family."""
-        return self._members[slot.index][1]
-
     def add(
-        self, table: torch.Tensor, slots: Sequence[Slot], term: int, axes: Axes, own: Sequence[Any], sums: torch.Tensor
+        self,
+        table: torch.Tensor,
+        slots: Sequence[Slot],
+        kept: Sequence[Axes],
+        own: Sequence[Any],
+        terms: Sequence[torch.Tensor],
     ) -> None:
-        """Add one sum (or maximum) of boxes that lie alike in slots of one shape and spread, at the indices ``own``."""
+        """Add the sums, then maxima, of boxes that lie alike in slots of one shape and spread, at the indices ``own``.
+
+        ``kept`` are the axes that each keeps.
+        """
         if slots[0].index in self._rows:
-            assert axes == WHOLE
-            for slot, value in zip(slots, sums.view(-1).unbind(0), strict=True):
-                table[self._starts[self._rows[slot.index]] + term] += value
+            assert all(axes == WHOLE for axes in kept)
+            for i, term in enumerate(terms):
+                for slot, value in zip(slots, term.view(-1).unbind(0), strict=True):
+                    table[self._starts[self._rows[slot.index]] + i] += value
             return
-        family = self._members[slots[0].index][0]
-        totals = self.totals(table, family, family.terms[term], axes)
-        index = tuple(ix if axis in axes else slice(None) for axis, ix in enumerate(own))
-        rows = [self.place(slot) for slot in slots]
-        maximum = self._order[family.terms[term]][0]
-        if rows == list(range(rows[0], rows[0] + len(rows))):
-            parts = [(totals[rows[0] : rows[0] + len(rows)], (slice(None), *index), sums)]
-        else:
-            parts = [(totals[row], index, one) for row, one in zip(rows, sums.unbind(0), strict=True)]
-        for part, where, new in parts:
-            part[where] = torch.maximum(part[where], new) if maximum else part[where] + new
+        family = self.members[slots[0].index][0]
+        rows = [self.members[slot.index][1] for slot in slots]
+        together = rows == list(range(rows[0], rows[0] + len(rows)))
+        for item, axes, term in zip(family.terms, kept, terms, strict=True):
+            totals = self.totals(table, family, item, axes)
+            index = tuple(ix if axis in axes else slice(None) for axis, ix in enumerate(own))
+            if together:
+                parts = [(totals[rows[0] : rows[0] + len(rows)], (slice(None), *index), term)]
+            else:
+                parts = [(totals[row], index, one) for row, one in zip(rows, term.unbind(0), strict=True)]
+            for part, where, new in parts:
+                part[where] = torch.maximum(part[where], new) if self._order[item][0] else part[where] + new
 
     def totals(self, table: torch.Tensor, family: Family, item: int, axes: Axes) -> torch.Tensor:
         """``[slots, *axes]``: one item of all members of a family."""
