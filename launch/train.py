@@ -54,9 +54,6 @@ def build_optimizer(
     for key, flag in INSTEAD.items():
         if key in arguments:
             raise UsageError(f"--opt {key} is not for you to set; use {flag}")
-    dtype = arguments.get("state_dtype")
-    if isinstance(dtype, str):
-        arguments["state_dtype"] = getattr(torch, dtype.removeprefix("torch."), dtype)
     if options.lr is not None:
         arguments["lr"] = options.lr
     if options.clip is not None:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import oput_dist as oput
 from tests.conformance import on_grid
+from tests.meshes import world_mesh
 
 HALF, ALL = 3, 6
 UPDATE = 1e-6  # of the update: how far rounding may take an optimizer with norms
@@ -82,6 +82,7 @@ class Case:
 CASES = {
     "adamw": Case("adamw", {"amsgrad": True}, groups="one empty"),
     "bf16": Case("adamw", {"state_dtype": torch.bfloat16}, groups="one"),
+    "int8": Case("adamw", {"state_dtype": "int8", "state_overrides": {"*": "int8"}}, groups="one"),
     "lamb": Case("lamb", {"clamp": 10.0}, exact=False),
     "adafactor": Case("adafactor", exact=False, groups="one", vectors=True),
     "momo": Case("momo", exact=False, loss=True),
@@ -102,15 +103,15 @@ def _ddp(net: Net) -> nn.Module:
 
 
 def _fsdp2(net: Net) -> nn.Module:
-    return _sharded(net, init_device_mesh("cpu", (dist.get_world_size(),)))
+    return _sharded(net, world_mesh((dist.get_world_size(),)))
 
 
 def _hsdp(net: Net) -> nn.Module:
-    return _sharded(net, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return _sharded(net, world_mesh((2, 2), ("replicate", "shard")))
 
 
 def _fsdp2_tp(net: Net) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    mesh = world_mesh((2, 2), ("data", "model"))
     return _sharded(_split(net, mesh["model"]), mesh["data"])
 
 

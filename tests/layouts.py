@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from tests.meshes import pairs_of, world_mesh
 
 
 class Layout:
@@ -96,7 +97,7 @@ class Zero1Pairs(Zero1):
     name, worlds = "zero1-pairs", (4,)
 
     def __init__(self) -> None:
-        self.group, _ = dist.new_subgroups(2)
+        self.group = pairs_of()
         self.options = {"shard_group": self.group}
 
 
@@ -118,7 +119,7 @@ class Distributed(Layout):
     mesh_shape: tuple[int, ...] | None = None  # None: one axis with all ranks
 
     def __init__(self) -> None:
-        self.mesh = init_device_mesh("cpu", self.mesh_shape or (dist.get_world_size(),))
+        self.mesh = world_mesh(self.mesh_shape or (dist.get_world_size(),))
 
     def place(self, shape: tuple[int, ...]) -> list[Placement]:
         raise NotImplementedError
@@ -179,8 +180,8 @@ class Mixture(Distributed):
     name, worlds = "mixture", (4,)
 
     def __init__(self) -> None:
-        self.line = init_device_mesh("cpu", (4,))
-        self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        self.line = world_mesh((4,))
+        self.square = world_mesh((2, 2), ("data", "model"))
 
     def cut(self, values: Tensor) -> DTensor:
         mesh, placements = [

@@ -72,8 +72,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("adamw", {"decouple_lr": True, "max_lr": -1.0}, r"max_lr=-1.0 .*> 0"),
     ("adamw", {"decouple_lr": "yes"}, r"decouple_lr='yes' .*True or False"),
     ("adamw", {"maximize": None}, r"maximize=None .*True or False"),
-    ("adamw", {"state_dtype": torch.int8}, r"state_dtype=torch.int8 .*torch.float32"),
-    ("adamw", {"state_dtype": "int4"}, r"state_dtype='int4' .*'bf16'"),
+    ("adamw", {"state_dtype": torch.int8}, r"state_dtype=torch.int8 .*float32.*'int8'"),
+    ("adamw", {"state_dtype": "int5"}, r"state_dtype='int5' .*'bf16'"),
     ("adamw", {"backend": "tritn"}, r"backend='tritn'.*'triton'"),
     ("adamw", {"backend": "eager", "foreach": True}, r"eager.*foreach"),
 ]

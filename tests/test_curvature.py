@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call, hessian, jacrev
@@ -20,6 +19,7 @@ import oput_dist as oput
 from oput_dist.curvature import Context, Estimator
 from oput_dist.curvature.noise import key_of, normal, probe, signs, uniform
 from oput_dist.layout import boxes_of_range
+from tests.meshes import world_mesh
 from tests.network import ROWS, batch, network
 from tests.pool import Pool
 
@@ -165,18 +165,18 @@ def wrapped(layout: str) -> tuple[nn.Module, nn.Module, dict[str, Any], int]:
     if layout == "fsdp2":
         return fully_shard(module), module, {}, rank
     if layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        mesh = world_mesh((2, 2), ("replicate", "shard"))
         return fully_shard(module, mesh=mesh), module, {}, rank
     if layout == "tp":
-        return parallelize_module(module, init_device_mesh("cpu", (n,)), cut), module, {}, 0
+        return parallelize_module(module, world_mesh((n,)), cut), module, {}, 0
     if layout == "fsdp2-tp":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        mesh = world_mesh((2, 2), ("data", "model"))
         parallelize_module(module, mesh["model"], cut)
         return fully_shard(module, mesh=mesh["data"]), module, {}, mesh.get_local_rank("data")
     options = {"device_id": torch.device("cpu"), "use_orig_params": layout != "fsdp1-flat"}
     if layout == "fsdp1-hybrid":
         options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
-        options["device_mesh"] = init_device_mesh("cpu", (2, 2))
+        options["device_mesh"] = world_mesh((2, 2))
     outer = FullyShardedDataParallel(module, **options)
     return outer, outer, {}, rank
 

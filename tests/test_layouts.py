@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from oput_dist.layout import Layout, LayoutError, boxes_of_range, dense_strides, flat, flattened_in, layouts_of
 from oput_dist.layout.dtensor import _Cut, _unambiguous
+from tests.meshes import world_mesh
 from tests.pool import Pool
 
 
@@ -87,7 +88,7 @@ def placements_of(mesh_dims: int, ndim: int) -> Iterator[list[Placement]]:
 
 def distributed_faults() -> list[str]:
     n = dist.get_world_size()
-    meshes = [init_device_mesh("cpu", (n,))] + ([init_device_mesh("cpu", (2, 2))] if n == 4 else [])
+    meshes = [world_mesh((n,))] + ([world_mesh((2, 2))] if n == 4 else [])
     found, count = [], 0
     for mesh in meshes:
         for shape in SHAPES:
@@ -128,7 +129,7 @@ PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
 
 
 def strided_faults(width: int, hidden: int) -> tuple[list[str], list[str], str]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    mesh = world_mesh((2, 2), ("data", "model"))
     net = Net(width, hidden)
     parallelize_module(net, mesh["model"], {name: style() for name, style in PLAN.items()})
     fully_shard(net, mesh=mesh["data"])
@@ -201,7 +202,7 @@ def wrapped(orig: bool, strategy: str) -> nn.Module:
     options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": orig}
     options["sharding_strategy"] = ShardingStrategy[strategy]
     if strategy == "HYBRID_SHARD":
-        options["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+        options["device_mesh"] = world_mesh((2, dist.get_world_size() // 2))
     net.block = FullyShardedDataParallel(net.block, **options)
     return FullyShardedDataParallel(net, ignored_modules=[net.loose], **options)
 
@@ -260,7 +261,7 @@ def test_fsdp1_parameters_in_full_are_refused(pool: Pool) -> None:
 
 
 def refusals() -> list[str]:
-    line = init_device_mesh("cpu", (2,))
+    line = world_mesh((2,))
     flat_module = wrapped(True, "FULL_SHARD")
     cut = nn.Parameter(distribute_tensor(torch.ones(4), line, [Shard(0)]))
     other = DeviceMesh("cpu", [1 - dist.get_rank()], _init_backend=False)

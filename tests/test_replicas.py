@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import oput_dist as oput
 from tests.layouts import Weights
+from tests.meshes import world_mesh
 from tests.pool import Pool
 
 SHAPES = {"first": (5, 3), "second": (4,)}
@@ -25,7 +25,7 @@ def trained(layout: str, name: str) -> tuple[nn.Module, oput.Optimizer]:
     module = Weights({key: torch.randn(shape) for key, shape in SHAPES.items()})
     options: dict[str, Any] = {"shard_group": dist.group.WORLD} if layout == "zero1" else {}
     if layout == "hsdp":
-        fully_shard(module, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(module, mesh=world_mesh((2, 2), ("replicate", "shard")))
     elif layout == "fsdp2":
         fully_shard(module)
     optimizer = oput.create(name, module, lr=0.1, **options)

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import oput_dist as oput
 from tests.counting import NAMES, OPTIONS, assert_same_state, owned_bytes, sent, worked
+from tests.meshes import world_mesh
 from tests.parity import pull
 from tests.pool import Pool
 
@@ -194,7 +194,7 @@ def halves(name: str, how: str, saved: bytes | None, steps: range) -> tuple[byte
     if how == "ddp":
         module = DistributedDataParallel(net)
     elif how == "fsdp2":
-        module = fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        module = fully_shard(net, mesh=world_mesh((dist.get_world_size(),)))
     optimizer = oput.create(name, module, **{**OPTIONS[name], **({} if saved is None else {"lr": 9.0})})
     if saved is not None:
         before = torch.load(io.BytesIO(saved), weights_only=True)
@@ -333,7 +333,7 @@ def test_wrappers_know_what_replicas_share(pool: Pool) -> None:
 
 def with_fsdp1(name: str, strategy: str) -> tuple[int, int, list[Tensor]]:
     kind = ShardingStrategy[strategy]
-    mesh = init_device_mesh("cpu", (2, 2) if kind is ShardingStrategy.HYBRID_SHARD else (dist.get_world_size(),))
+    mesh = world_mesh((2, 2) if kind is ShardingStrategy.HYBRID_SHARD else (dist.get_world_size(),))
     module = FullyShardedDataParallel(
         Net(), device_mesh=mesh, device_id=torch.device("cpu"), sharding_strategy=kind, use_orig_params=True
     )

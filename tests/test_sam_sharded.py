@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -26,6 +25,7 @@ from oput_dist.wrappers.gsam import GSAM
 from oput_dist.wrappers.looksam import LookSAM
 from oput_dist.wrappers.sam import ASAM, SAM
 from tests.layouts import Layout
+from tests.meshes import world_mesh
 from tests.pool import Pool
 from tests.toy import largest_difference, same
 from tests.wrapped import LAYOUTS
@@ -56,13 +56,13 @@ class Place:
             self.options = {"shard_group": dist.group.WORLD} if kind == "zero1" else {}
         elif kind in ("fsdp2", "hsdp"):
             shape = (2, 2) if kind == "hsdp" else (dist.get_world_size(),)
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+            mesh = world_mesh(shape, ("replicate", "shard")[-len(shape) :])
             for layer in (model[0], model[2]):
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         elif kind == "tp":
             plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-            parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+            parallelize_module(model, world_mesh((dist.get_world_size(),)), plan)
         elif kind.startswith("fsdp1"):
             options: Any = {"device_id": torch.device("cpu"), "use_orig_params": kind == "fsdp1"}
             model[2] = FullyShardedDataParallel(model[2], **options)

@@ -225,7 +225,7 @@ def test_unfinished_rows_are_cut(tmp_path: Path) -> None:
         ("--optimizer adamw --opt betas=0.9", r"AdamW: betas=0.9 .*2 numbers in \[0, 1\)"),
         ("--optimizer adamw --opt eps=-1", r"AdamW: eps=-1 .*>"),
         ("--optimizer adamw --opt amsgrad=yes", r"AdamW: amsgrad='yes' .*True or False"),
-        ("--optimizer adamw --opt state_dtype=int8", r"state_dtype=.*torch.bfloat16"),
+        ("--optimizer adamw --opt state_dtype=int7", r"state_dtype='int7'.*'int8'"),
         ("--opt lr=1", r"--opt lr .*--lr"),
         ("--opt eps", r"'eps' is not of the form key=value"),
         ("--opt eps=1 eps=2", r"--opt sets eps twice"),

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.layouts import BARE, Layout, Weights, Zero1
+from tests.meshes import world_mesh
 
 
 def disagreeing(grads: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ class Fsdp2(Layout):
     name, worlds = "fsdp2", (2, 3, 4)
 
     def __init__(self) -> None:
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.mesh = world_mesh((dist.get_world_size(),))
 
     def start(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.module = Weights(values)
@@ -96,7 +97,7 @@ class Hsdp2(Fsdp2):
     name, worlds = "fsdp2-hsdp", (4,)
 
     def __init__(self) -> None:
-        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        self.mesh = world_mesh((2, 2), ("replicate", "shard"))
 
 
 COLUMNWISE, ROWWISE = ("matrix", "short"), ("square", "row")  # ROWWISE weights are Shard(1)
@@ -156,7 +157,7 @@ class Tp(Layout):
         return {name: named[name] for name in values}
 
     def wrap(self, values: dict[str, Tensor]) -> nn.Module:
-        return tensor_parallel(values, init_device_mesh("cpu", (dist.get_world_size(),)))
+        return tensor_parallel(values, world_mesh((dist.get_world_size(),)))
 
     def factors(self, grads: dict[str, Tensor | None]) -> dict[str, Tensor]:
         """What this rank takes for the gradients."""
@@ -181,7 +182,7 @@ class Fsdp2Tp(Tp):
     name, worlds = "fsdp2-tp", (4,)
 
     def wrap(self, values: dict[str, Tensor]) -> nn.Module:
-        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        self.mesh = world_mesh((2, 2), ("data", "model"))
         module = tensor_parallel(values, self.mesh["model"])
         return fully_shard(module, mesh=self.mesh["data"], ignored_params={module.rest.scalar})
 
@@ -220,7 +221,7 @@ class Fsdp1(Layout):
         options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": self.use_orig_params}
         options |= {"sharding_strategy": self.strategy, "ignored_states": scalar}
         if self.strategy is ShardingStrategy.HYBRID_SHARD:
-            options["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+            options["device_mesh"] = world_mesh((2, dist.get_world_size() // 2))
         halves.odd = FullyShardedDataParallel(halves.odd, **options)
         self.module = FullyShardedDataParallel(halves, **options)
         self.options = {"module": self.module}

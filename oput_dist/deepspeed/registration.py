@@ -132,7 +132,7 @@ def _from_config(engine: Any, name: str, model_parameters: Iterable[Any]) -> Opt
     Raises:
         ConfigError: for an option that it does not take, or a value out of range.
     """
-    options = {key: _of_json(key, value) for key, value in (engine.optimizer_params() or {}).items()}
+    options = {key: _of_json(value) for key, value in (engine.optimizer_params() or {}).items()}
     kind = lookup(name)
     known = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "params", "common")]
     known += [key for key in Common.__annotations__ if key not in _OWN]
@@ -165,10 +165,8 @@ def _leave_gradients(module: torch.nn.Module, optimizer: Optimizer | Wrapper) ->
                 parameter.use_muon = False  # type: ignore[attr-defined]
 
 
-def _of_json(key: str, value: Any) -> Any:
-    """A value as Python has it: tuples, and dtypes by their names."""
-    if key == "state_dtype" and isinstance(value, str):
-        return getattr(torch, value, value)
+def _of_json(value: Any) -> Any:
+    """A value as Python has it: tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 

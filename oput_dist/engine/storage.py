@@ -29,6 +29,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_LONG = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
+"""As torch calls them, for what comes out of text: configurations, command lines."""
 _CODES = tuple(dict.fromkeys(code.name for code in FORMATS))
 
 _SIGNED = ("exp_avg", "exp_avg_diff", "exp_avg_slow", "exp_avg_grad", "momentum_buffer", "avg_grad", "i_buffer")
@@ -140,7 +142,7 @@ def check_storage(owner: str, storage: Storage | None, names: Collection[str]) -
 
 
 def _kind(owner: str, what: str, given: Any) -> Kind:
-    kind = _DTYPES.get(given, given) if isinstance(given, str) else given
+    kind = {**_DTYPES, **_LONG}.get(given.removeprefix("torch."), given) if isinstance(given, str) else given
     if kind is None or kind in _DTYPES.values() or kind in _CODES:
         return kind
     names = [*_DTYPES, *_CODES]
