@@ -25,7 +25,7 @@ from launch.model import GPT
 
 PAGE = Path(__file__).parents[1] / "docs" / "precision.md"
 DEMO = Size(width=128, layers=4, heads=4, context=128, batch=8)
-RATES = {"adamw": 3e-3, "lion": 5e-4, "adan": 5e-3, "lamb": 2e-2}
+RATES = {"adamw": 1e-3, "lion": 2e-4, "adan": 2e-3, "lamb": 1e-2}
 STEPS = {"parameters": 2000, "state": 500}
 FP32 = "float32"
 WIDE = {"state_dtype": "fp32"}

@@ -73,6 +73,7 @@ def enter() -> Any:
         MASTER_PORT="1",
     )
     import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils import groups, logger
 
     import oput_dist.deepspeed  # noqa: F401
@@ -87,7 +88,8 @@ def enter() -> Any:
         for name in [name for name, value in vars(groups).items() if isinstance(value, dist.ProcessGroup)]:
             setattr(groups, name, None)
         groups.mesh_device = None
-        deepspeed.zero.Init.param_id = 0  # counts alike on ranks that were in other worlds before
+        deepspeed.zero.Init.param_id = 0  # counts alike on ranks that were in other worlds before, and so does this
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     groups.mpu = None  # as tensor parallelism leaves it
     # Every engine of stage 3 collects garbage: 0.4 s in a process that has imported so much, and still 0.05 s with
     # what the first engines import.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import Executor
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 
 import oput_dist as oput
+from benchmarks import coding_checks
+from benchmarks.checks import Setup
 from oput_dist.backends import backend
 from oput_dist.backends.coding import decode, encode
 from oput_dist.engine.buckets import WAVE
 from oput_dist.engine.coded import Coded
 from oput_dist.kernels.codes import FORMATS, Format, format_of
+from tests.test_kernels import CPU, run
 from tests.test_memory import allocated
 
 NAMES = [f"{code.name}-{'signed' if code.signed else 'unsigned'}" for code in FORMATS]
@@ -84,6 +88,17 @@ def test_compiled_codes_are_the_same_to_the_bit(code: Format) -> None:
     values = blocks(code, 9)
     for plain, compiled in zip(coded(code, values), coded(code, values, "compile"), strict=True):
         assert torch.equal(plain, compiled)
+
+
+def test_kernels_do_the_same(interpreter: Executor) -> None:
+    """Codes and values to the bit, and steps on them: AdamW's to the bit, Lamb's up to the order of its sums."""
+    run(interpreter, coding_checks.codes, *((i, Setup(CPU), 11, True) for i in range(len(FORMATS))))
+    cases = [
+        ("adamw", "int8", Setup(CPU), True),
+        ("adamw", "int4", Setup(CPU), True),
+        ("lamb", "fp8", Setup(CPU), False),
+    ]
+    run(interpreter, coding_checks.coded_steps, *cases)
 
 
 def test_a_block_with_a_number_that_is_not_finite_is_not_finite() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,15 @@ import pytest
 
 from benchmarks.machine_code import Product, Row, faults, jobs, product_faults, products, report
 from benchmarks.variants import bytes_per_element, programs
-from oput_dist.kernels.compiling import TARGETS
+from oput_dist.kernels.codes import FORMATS
+from oput_dist.kernels.compiling import TARGETS, Report, compile_code
+
+CODES = [i for i, code in enumerate(FORMATS) if code.signed or code.name == "int8"]
+
+
+def compiled_code(job: tuple[str, int, bool]) -> tuple[str, bool, Report]:
+    target, number, encode = job
+    return FORMATS[number].name, encode, compile_code(target, FORMATS[number], encode)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +43,17 @@ def test_every_rule_for_every_target(rows: list[Row]) -> None:
 def test_wide_accesses_and_no_spills(rows: list[Row]) -> None:
     found = faults(rows)
     assert not found, "\n".join(found)
+
+
+def test_codes() -> None:
+    """What codes state and decodes it: no spills, and 128-bit accesses where a code has a byte."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        made = list(
+            pool.map(compiled_code, [(target, i, e) for target in TARGETS for i in CODES for e in (True, False)])
+        )
+    assert not any(row.spills for _, _, row in made)
+    narrow = [(code, row.target) for code, encodes, row in made if not (row.wide_loads if encodes else row.wide_stores)]
+    assert {name for name, _ in narrow} <= {"int4"}
 
 
 def test_symmetric_products() -> None:

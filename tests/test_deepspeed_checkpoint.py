@@ -42,7 +42,8 @@ KINDS = (
     "Sophia",
     "Ranger21",
 )
-CASES = [case for case in ONE_EACH if case.optimizer.split(".")[1] in KINDS]
+CODED = Case("adamw int8", "oput_dist.AdamW", {"lr": 0.1, "state_dtype": "int8", "state_overrides": {"*": "int8"}})
+CASES = [*(case for case in ONE_EACH if case.optimizer.split(".")[1] in KINDS), CODED]
 
 
 def resumed(world: World, cases: list[Case], folder: str) -> list[Weighed]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from benchmarks import preconditioned, race
@@ -21,7 +23,7 @@ def test_contenders_take_turns() -> None:
     threads = torch.get_num_threads()
     names = ("oput", "pytorch_optimizer")
     contenders = {name: preconditioned.CONTENDERS["soap"][name] for name in names}
-    found = preconditioned.compare(contenders, [(12, 8), (8, 8)], 2)
+    found = preconditioned.compare(contenders, [(12, 8), (8, 8)], 2, time.perf_counter)
     assert [len(turn) for turns in found.values() for turn in turns] == [
         preconditioned.PERIODS * preconditioned.EVERY
     ] * 4

@@ -33,8 +33,18 @@ _LONG = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
 """As torch calls them, for what comes out of text: configurations, command lines."""
 _CODES = tuple(dict.fromkeys(code.name for code in FORMATS))
 
-_SIGNED = ("exp_avg", "exp_avg_diff", "exp_avg_slow", "exp_avg_grad", "momentum_buffer", "avg_grad", "i_buffer")
-_NEVER_NEGATIVE = ("exp_avg_sq", "exp_avg_var", "exp_hessian_diag_sq", "square_avg")
+_SIGNED = (
+    "avg_grad",
+    "exp_avg",
+    "exp_avg_diff",
+    "exp_avg_grad",
+    "exp_avg_slow",
+    "grad_ma",
+    "i_buffer",
+    "momentum_buffer",
+    "neg_grad_ma",
+)
+_NEVER_NEGATIVE = ("exp_avg_sq", "exp_avg_var", "exp_hessian_diag_sq", "square_avg", "variance_ma")
 
 
 def codable(name: str) -> bool | None:
