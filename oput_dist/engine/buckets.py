@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from oput_dist.backends import Backend, Batch
+from oput_dist.kernels.stage import Prologue, Write
 
 from .coded import Cell, Part
 from .noise import bits_for, bits_in
 from .recipe import Recipe
 from .slot import Slot
 
-__all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "Tossed", "key_of", "waves"]
+__all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "Tossed", "key_of", "set_apart", "waves", "written"]
 
 WAVE = {"cpu": 2**20, "cuda": 2**22}
 """Elements whose numbers are in memory at once where their state has codes: what stays in caches between two passes."""
@@ -51,6 +52,10 @@ class Member:
     def numel(self) -> int:
         """Elements of the range."""
         return self.stop - self.start
+
+    def part(self, values: torch.Tensor) -> torch.Tensor:
+        """The range of a flat tensor of the whole slot."""
+        return values if self.numel == len(values) else values[self.start : self.stop]
 
     @property
     def cells(self) -> list[Cell]:
@@ -127,7 +132,7 @@ class Open:
                 elif isinstance(each, Tossed):
                     row.append(each.of(member.start, member.stop, member.cells[0].blocks.begin))
                 else:
-                    row.append(each[member.start : member.stop])
+                    row.append(member.part(each))
             state.append(tuple(row))
         bucket.batch.state = state
 
@@ -176,6 +181,25 @@ def _divided(member: Member, most: int) -> Iterator[Member]:
         stop = min(member.stop, (begin + start + most) // block * block - begin)
         yield Member(slot, start, stop, member.gradient, member.state)
         start = stop
+
+
+def written(slot: Slot, accumulate: bool) -> torch.Tensor:
+    """What a step writes in a parameter's place: the parameter, or a copy that is thrown away."""
+    values = slot.flat_parameter()
+    return values.clone() if accumulate else values
+
+
+def set_apart(
+    slot: Slot, prologue: Prologue, state: tuple[Any, ...], step: int, accumulate: bool
+) -> tuple[torch.Tensor | Cell | Tossed, ...]:
+    """The state of a slot, first what is for its write alone: random bits, or what rounding lost, which is copied where
+    the parameter is."""
+    if prologue.write is Write.STOCHASTIC:
+        tossed = Tossed(slot, step)
+        return (tossed if any(isinstance(each, Cell) for each in state) else tossed.of(0, slot.numel, None), *state)
+    if accumulate:
+        return (*(each.clone() for each in state[: prologue.aside]), *state[prologue.aside :])
+    return state
 
 
 def key_of(state: Sequence[torch.Tensor | Cell | Tossed]) -> tuple[Any, ...]:

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from oput_dist.backends import Batch, Scalars, choose, compute_dtype, send
 from oput_dist.kernels.codes import Format
-from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors, Write
+from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors
 
 from .between import Between
-from .buckets import Bucket, Member, Tossed, key_of, waves
+from .buckets import Bucket, Member, key_of, set_apart, waves, written
 from .coded import Cell, drop_joint, kept_state
 from .coding import Coding
 from .cuts import find_cuts
@@ -195,7 +195,7 @@ class Step:
         for slot, gradient in active:
             number = self._kind[slot.index]
             key = (number, slot.dtype, gradient.dtype, slot.device, *key_of(state[slot]))
-            own = self._apart(slot, self._kinds[number][1], state[slot])
+            own = set_apart(slot, self._kinds[number][1], state[slot], self._steps[slot], self._options.accumulate)
             member = Member(slot, 0, slot.numel, gradient, own)
             if key in kinds:
                 kinds[key].append(member)
@@ -206,14 +206,14 @@ class Step:
             recipe, prologue = self._kinds[key[0]]
             whole = any(recipe.boxed(number) for number in range(len(recipe.stages)))
             total = sum(member.numel for member in every)
-            flats = {member.slot: self._written(member.slot) for member in every}
+            flats = {member.slot: written(member.slot, self._options.accumulate) for member in every}
             for members in waves(every, divide=not whole):
                 slots = [member.slot for member in members]
                 places = tuple((member.slot.index, member.start) for member in members)
                 coded = bool(members[0].cells)
                 batch = Batch(
-                    p=[_part(flats[member.slot], member) for member in members],
-                    g=[_part(member.gradient, member) for member in members],
+                    p=[member.part(flats[member.slot]) for member in members],
+                    g=[member.part(member.gradient) for member in members],
                     state=[] if coded else [member.state for member in members],  # type: ignore[misc]
                     scalars=self.scalars_of(slots),
                     prologue=prologue,
@@ -223,21 +223,6 @@ class Step:
                 )
                 buckets.append(Bucket(members, recipe, batch, [self._steps[slot] for slot in slots], total))
         return buckets
-
-    def _written(self, slot: Slot) -> torch.Tensor:
-        """What a step writes in a parameter's place: the parameter, or a copy that is thrown away."""
-        values = slot.flat_parameter()
-        return values.clone() if self._options.accumulate else values
-
-    def _apart(self, slot: Slot, prologue: Prologue, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The state of a slot, first what is for its write alone: random bits, or what rounding lost, which is copied
-        where the parameter is."""
-        if prologue.write is Write.STOCHASTIC:
-            tossed = Tossed(slot, self._steps[slot])
-            return (tossed if any(isinstance(each, Cell) for each in state) else tossed.of(0, slot.numel, None), *state)
-        if self._options.accumulate:
-            return (*(each.clone() for each in state[: prologue.aside]), *state[prologue.aside :])
-        return state
 
     def scalars_of(self, slots: Sequence[Slot]) -> Scalars:
         """The scalars of slots that are updated alike; one that does not count now is taken at its first step."""
@@ -409,7 +394,3 @@ class Step:
         steps = send(torch.tensor(bucket.steps, dtype=torch.float64, device="cpu").unsqueeze(1), device)
         weight = elements if bucket.recipe.sums(number) else 1.0  # sums add up over ranks, maxima do not
         return torch.cat([elements, weight * steps], 1)
-
-
-def _part(values: torch.Tensor, member: Member) -> torch.Tensor:
-    return values if member.numel == len(values) else values[member.start : member.stop]
