@@ -100,8 +100,8 @@ def sections(device: torch.device) -> list[Section]:
         for i, code in enumerate(FORMATS)
     ]
     coded += [
-        (f"{name}, state in {state}", coding_checks.coded_steps, (name, state, fp32, not cuda and name == "adamw"))
-        for name in ("adamw", "lamb")
+        (f"{name}, state in {state}", coding_checks.coded_steps, (name, state, fp32, not cuda and name == "lion"))
+        for name in ("lion", "adamw", "lamb")
         for state in ("int8", "fp8", "int4")
     ]
     found.append(("coded state", 30.0, coded))

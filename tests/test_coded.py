@@ -91,7 +91,7 @@ def test_compiled_codes_are_the_same_to_the_bit(code: Format) -> None:
 
 
 def test_kernels_do_the_same(interpreter: Executor) -> None:
-    """Codes and values to the bit, and steps on them: AdamW's to the bit, Lamb's up to the order of its sums."""
+    """Codes and values to the bit, and steps on them where a rule has no roots and sums; others nearly."""
     run(interpreter, coding_checks.codes, *((i, Setup(CPU), 11, True) for i in range(len(FORMATS))))
     cases = [
         ("adamw", "int8", Setup(CPU), True),
