@@ -7,7 +7,9 @@ A block is scaled to magnitudes of at most one; every element then becomes the c
   middles are the values; with 0 and 1, and for signed state with all but 1 also negative. Of state that is never
   negative each cell is cut in two.
 - ``int4``, blocks of 128: of three decades likewise, with signs; or 1/16, 2/16, ... 1.
-- ``fp8``, blocks of 256: the nearest float8_e4m3fn of 448 times the scaled value.
+- ``fp8``, blocks of 256: the nearest float8_e4m3fn of 448 times the scaled value. State that is never negative has
+  another exponent bit in place of the sign, down to 2^-32: in 4 bits small second moments would be zeros, which are
+  divided by.
 
 What lies in a cell gets its middle. So an element is off by half a cell at most, and every step is plain arithmetic, no
 search in a table: the same bits in torch, compiled and in Triton's interpreter.
@@ -142,6 +144,20 @@ def _float8_value(code):
     return tl.where(negative, -size, size)
 
 
+@rule
+def _unsigned_float8(y):
+    """5 bits of exponent, 3 of mantissa: 255 is 1, and the others lie below as floating-point numbers do."""
+    bits = tl.cast(y, tl.int32, bitcast=True)
+    code = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 761
+    return tl.minimum(tl.maximum(code.to(tl.float32), 0.0), 255.0)
+
+
+@rule
+def _unsigned_float8_value(code):
+    value = tl.cast((code.to(tl.int32) + 761) << 20, tl.float32, bitcast=True)
+    return tl.where(code > 0, value, 0.0)
+
+
 @dataclass(frozen=True)
 class Format:
     """How state is coded.
@@ -172,7 +188,7 @@ FORMATS: tuple[Format, ...] = (
     Format("int8", True, 8, 256, _signed8, _signed8_value),
     Format("int8", False, 8, 256, _unsigned8, _unsigned8_value),
     Format("fp8", True, 8, 256, _float8, _float8_value),
-    Format("fp8", False, 8, 256, _float8, _float8_value),
+    Format("fp8", False, 8, 256, _unsigned_float8, _unsigned_float8_value),
     Format("int4", True, 4, 128, _signed4, _signed4_value),
     Format("int4", False, 4, 128, _unsigned4, _unsigned4_value),
 )

@@ -36,6 +36,10 @@ def dynamic_map(decades: int, signed: bool) -> torch.Tensor:
 
 def values_of(code: Format) -> torch.Tensor:
     """All values of a format, by code."""
+    if code == format_of("fp8", False):
+        mantissas = 1 + torch.arange(8, dtype=torch.float64) / 8
+        values = torch.cat([mantissas * 2.0**exponent for exponent in range(-33, 1)])
+        return torch.cat([torch.zeros(1, dtype=torch.float64), values[values <= 1][-255:]])
     if code.name == "fp8":
         codes = torch.arange(256, dtype=torch.uint8)
         return codes.view(torch.float8_e4m3fn).double() / 448

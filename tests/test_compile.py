@@ -17,7 +17,7 @@ from benchmarks.variants import bytes_per_element, programs
 from oput_dist.kernels.codes import FORMATS
 from oput_dist.kernels.compiling import TARGETS, Report, compile_code
 
-CODES = [i for i, code in enumerate(FORMATS) if code.signed or code.name == "int8"]
+CODES = [i for i, code in enumerate(FORMATS) if code.signed or code.bits == 8]
 
 
 def compiled_code(job: tuple[str, int, bool]) -> tuple[str, bool, Report]:
