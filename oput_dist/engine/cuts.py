@@ -29,6 +29,8 @@ def find_cuts(plan: Plan, storage: Storage) -> None:
 
     A plan that one rank alone makes again, as after its parameters moved in memory, finds them without the others.
     """
+    if ("cuts found", storage.blocks) in plan.memo:
+        return
     for size in storage.blocks:
         wanted = [slot for slot in plan.slots if slot.layout.groups and slot.layout.why_no_sums is None]
         if not wanted or all(_key(size) in slot.facts for slot in wanted):
@@ -44,6 +46,7 @@ def find_cuts(plan: Plan, storage: Storage) -> None:
             plan.owners_known[facts] = gathered(ids, _united, joint_groups(wanted))
         for slot, found in zip(wanted, plan.owners_known[facts], strict=True):
             slot.facts[_key(size)] = torch.tensor(found, dtype=torch.int64, device="cpu")
+    plan.memo["cuts found", storage.blocks] = True
 
 
 def _key(size: int) -> tuple[str, int]:

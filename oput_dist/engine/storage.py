@@ -79,7 +79,14 @@ class Storage:
         return tuple(sorted({code.block for code in FORMATS if code.name in kinds}))
 
     def of(self, name: str, slot: Slot) -> torch.dtype | Format | None:
-        """The form of one state of a parameter; None for the parameter's own dtype."""
+        """The form of one state of a parameter, worked out once; None for the parameter's own dtype."""
+        key = ("form", name, self)
+        if key not in slot.facts:
+            slot.facts[key] = self._form(name, slot)
+        known: torch.dtype | Format | None = slot.facts[key]
+        return known
+
+    def _form(self, name: str, slot: Slot) -> torch.dtype | Format | None:
         kind, least = dict(self.named).get(name, self.overall), SMALL_STATE
         for which, other in self.overrides:
             if _fits(which, slot):
