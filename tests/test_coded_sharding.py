@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from tests.conformance import Case, Row, faults, start_values
+from oput_dist.engine.blocks import blocks_of
+from tests.conformance import Case, Row, faults, local, start_values
 from tests.layouts import Plain
 from tests.pool import Pool
+from tests.releasing import STEPS, started, train
 from tests.test_conformance import BY_NAME, ONE_EACH
 from tests.wrapped import WORLDS, WRAPPED_WORLDS
 
@@ -42,6 +45,24 @@ def test_some_refuse() -> None:
         if case.optimizer in NONE:
             with pytest.raises(ValueError, match="no state of this optimizer can be coded"):
                 coded(case, "int8").build(Plain().start(start_values(torch.float32)))
+
+
+def released() -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """Parameters after ordinary steps and after released ones, and how many blocks are cut here."""
+    ends, cut = [], 0
+    for release in (False, True):
+        options = {"state_dtype": "int8", "state_overrides": {"*": "int8"}}
+        model, optimizer = started("fsdp2", "adamw", release, **options)
+        train(model, optimizer, range(STEPS))
+        ends.append([local(p) for p in model.parameters()])
+        cut = sum(len(blocks_of(slot, 256).cut) for slot in optimizer._current_plan().slots)
+    return ends[0], ends[1], cut
+
+
+def test_gradient_release_codes_blocks_that_shards_cut_alike(pool: Pool) -> None:
+    for plain, early, cut in pool.run(2, released):
+        assert cut > 0
+        assert all(np.array_equal(p, q) for p, q in zip(plain, early, strict=True))
 
 
 @pytest.mark.parametrize(("layout", "n"), [*WORLDS, *WRAPPED_WORLDS])

@@ -16,6 +16,7 @@ from torch import nn
 from oput_dist.backends import choose
 from oput_dist.layout import Reduction
 
+from .cuts import find_cuts
 from .model import check_not_replaced
 from .optimizer import Optimizer
 from .part import Part
@@ -230,6 +231,8 @@ class Release:
     def _lay_out(self, plan: Plan) -> None:
         """Choose for every parameter the backend that an ordinary step, which has more of them, would choose."""
         optimizer = self._optimizer
+        if optimizer.options.storage is not None:
+            find_cuts(plan, optimizer.options.storage)  # of all parameters at once, not of parts
         kinds: dict[Any, list[Slot]] = {}
         for slot in plan.slots:
             group = optimizer.param_groups[slot.group]
