@@ -7,20 +7,24 @@ and runs on workers 0..n-1, whose default process group is then exactly those n 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 MAX_WORLD = 5
 GRACE = (
     2.0  # seconds the other ranks get after one has failed: long enough to report, too short to wait for a dead peer
 )
+DUMPING = 1.0  # seconds that a rank gets to write where its threads are
 PRELOAD = ["torch.distributed.tensor.debug", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
 
 
@@ -68,10 +72,13 @@ class Pool:
         while waiting:
             ready = connection.wait(list(waiting), max(0.0, limit - time.monotonic()))
             if not ready:
-                reason = (
-                    "no reply within the time limit" if limit == deadline else "still waiting when another rank failed"
-                )
-                failures.update((rank, reason) for rank in waiting.values())
+                ranks = sorted(waiting.values())
+                if limit == deadline:
+                    failures |= {
+                        r: f"no reply within the time limit\n{text}" for r, text in self._stacks(ranks).items()
+                    }
+                else:
+                    failures |= dict.fromkeys(ranks, "still waiting when another rank failed")
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)
@@ -88,11 +95,23 @@ class Pool:
                     limit = min(deadline, time.monotonic() + GRACE)
         return replies, failures
 
+    def _stacks(self, ranks: list[int]) -> dict[int, str]:
+        """Where each thread of these workers is: of a rank that hangs the only thing that helps."""
+        for rank in ranks:
+            os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
+        time.sleep(DUMPING)
+        return {rank: self._dump(rank).read_text() for rank in ranks}
+
+    def _dump(self, rank: int) -> Path:
+        return Path(self._folder.name, f"stacks{rank}")
+
     def _start(self, n: int) -> None:
         """At least four, as nearly all tests need them; a fifth for the tests that do."""
         for rank in range(len(self._workers), max(n, 4)):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True, name=f"pool-rank{rank}")
+            process = self._context.Process(
+                target=_serve, args=(rank, theirs, self._dump(rank)), daemon=True, name=f"pool-rank{rank}"
+            )
             process.start()
             theirs.close()  # so that the death of the worker reads as the end of the pipe
             self._workers.append((process, ours))
@@ -107,8 +126,9 @@ class Pool:
         self._workers, self._world = [], (0, "")
 
 
-def _serve(rank: int, pipe: Any) -> None:
+def _serve(rank: int, pipe: Any, stacks: Path) -> None:
     """A worker's loop: join the world that the task names, run it, reply (True, result) or (False, traceback)."""
+    faulthandler.register(signal.SIGUSR1, stacks.open("w"))
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     import torch
