@@ -134,6 +134,7 @@ def _serve(rank: int, pipe: Any, stacks: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    linear = torch.nn.functional.linear
     joined = ""
     while True:
         try:
@@ -146,6 +147,9 @@ def _serve(rank: int, pipe: Any, stacks: Path) -> None:
                 _join(n, rank, rendezvous, timeout)
                 joined = rendezvous
             torch.manual_seed(0)
+            # DeepSpeed's stage 3 leaves its own there for good. With DTensors that makes other collectives than torch's,
+            # and a rank that once ran DeepSpeed would wait for ever for one that did not.
+            torch.nn.functional.linear = linear
             reply = pickle.dumps((True, pickle.dumps(fn(*args))))
         except BaseException:  # CheckpointException and SystemExit are not Exceptions, and the parent must hear of both
             reply = pickle.dumps((False, traceback.format_exc()))

@@ -102,7 +102,7 @@ def test_curve_is_that_of_one_process_and_resumes_bitwise(
         runs.append(flags_of(optimizer, parallel, out / "whole", STEPS, "--checkpoint", out / "other", *saving[2:]))
         runs.append(flags_of(optimizer, parallel, out / "parts", 2, *saving))
         runs.append(flags_of(optimizer, parallel, out / "parts", STEPS, *saving, "--resume"))
-    pool.run(ranks, train, *runs, timeout=180.0)
+    pool.run(ranks, train, *runs)
     for optimizer in OPTIMIZERS:
         whole, parts = curve(tmp_path / optimizer / "whole"), curve(tmp_path / optimizer / "parts")
         assert_close(whole, single[optimizer])
