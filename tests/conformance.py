@@ -159,7 +159,8 @@ def on_rank(layout: str, rows: list[Row]) -> list[Report]:
     dist.all_gather_object(everyone, pieces)
     dropped = set(DROPPED) if len(everyone) > ABSENT and LAYOUTS[layout].skips else set()
     absent = {name for name in dropped if np.array_equal(pieces[name], everyone[ABSENT][name])}
-    return [train(LAYOUTS[layout](), *row, pieces, absent if row[0].partly else set()) for row in rows]
+    courses = {dtype: Course(LAYOUTS[layout](), dtype) for dtype in dict.fromkeys(dtype for _, dtype, _ in rows)}
+    return [train(courses[dtype], case, back, pieces, absent if case.partly else set()) for case, dtype, back in rows]
 
 
 def held(layout: Layout) -> Pieces:
@@ -168,15 +169,41 @@ def held(layout: Layout) -> Pieces:
     return {name: layout.piece(name, p, indices[name]).numpy() for name, p in params.items()}
 
 
-def train(layout: Layout, case: Case, dtype: torch.dtype, backend: str, pieces: Pieces, absent: set[str]) -> Report:
-    params = layout.start(start_values(dtype))
+class Course:
+    """A model for one row after the other: it is wrapped once, and its backward passes, which give the same each time,
+    run once."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
+        self.layout, self._dtype = layout, dtype
+        self.params = layout.start(start_values(dtype))
+        self._start = {p: p.detach().clone() for p in self.params.values()}
+        self._given: dict[int, dict[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        for p, value in self._start.items():
+            p.copy_(value)
+            p.grad = None
+
+    def give(self, step: int) -> None:
+        """Sets ``grad`` of every parameter."""
+        if step not in self._given:
+            self.layout.give(self.params, gradients(step, self._dtype, self.layout.skips))
+            self._given[step] = {p: p.grad for p in self._start}
+        for p, grad in self._given[step].items():
+            p.grad = None if grad is None else grad.clone()
+
+
+def train(course: Course, case: Case, backend: str, pieces: Pieces, absent: set[str]) -> Report:
+    layout, params = course.layout, course.params
+    course.begin()
     optimizer = case.build(params, backend=backend, **layout.options)
     differs = {0: 1.0, 1: -1.0}.get(dist.get_rank(), 0.0) if dist.get_world_size() > 1 else 0.0
     for step in range(LAST):
-        layout.give(params, gradients(step, dtype, layout.skips))
+        course.give(step)
         case.advance(optimizer, step, differs)
     before = snapshot(case, layout, params, optimizer)
-    layout.give(params, gradients(LAST, dtype))
+    course.give(LAST)
     for name in absent:
         params[name].grad = None
     case.advance(optimizer, LAST, differs)

@@ -147,7 +147,7 @@ def _serve(rank: int, pipe: Any, stacks: Path) -> None:
                 _join(n, rank, rendezvous, timeout)
                 joined = rendezvous
             torch.manual_seed(0)
-            # DeepSpeed's stage 3 leaves its own there for good. With DTensors that makes other collectives than torch's,
+            # DeepSpeed's stage 3 leaves its own there. With DTensors that makes other collectives than torch's does,
             # and a rank that once ran DeepSpeed would wait for ever for one that did not.
             torch.nn.functional.linear = linear
             reply = pickle.dumps((True, pickle.dumps(fn(*args))))
