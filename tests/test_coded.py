@@ -57,9 +57,9 @@ def blocks(code: Format, count: int = 40, seed: int = 0) -> torch.Tensor:
 
 def coded(code: Format, values: torch.Tensor, name: str = "eager") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes, scales = torch.empty(len(values), code.width, dtype=torch.uint8), torch.empty(len(values))
-    encode(backend(name), code, values, codes, scales)
+    encode(backend(name), [(code, codes, scales, values)])
     out = torch.empty_like(values)
-    decode(backend(name), code, codes, scales, out)
+    decode(backend(name), [(code, codes, scales, out)])
     return codes, scales, out
 
 
