@@ -27,6 +27,8 @@ class _TorchLanguage:
     floor = staticmethod(torch.floor)
     static_range = staticmethod(range)
     int32, float32 = torch.int32, torch.float32
+    instead: dict[Any, Callable[..., Any]] = {}
+    """Functions that take the place of rules."""
 
     @staticmethod
     def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
@@ -114,7 +116,9 @@ def _rebound(fn: types.FunctionType, language: Any) -> dict[str, Any]:
     """The globals that ``fn`` must see differently: the language, and other rules."""
     names = {name: fn.__globals__[name] for name in fn.__code__.co_names if name in fn.__globals__}
     rebound: dict[str, Any] = {
-        name: in_language(value, language) for name, value in names.items() if isinstance(value, _RULE_TYPES)
+        name: language.instead.get(value) or in_language(value, language)
+        for name, value in names.items()
+        if isinstance(value, _RULE_TYPES)
     }
     if names.get("tl") is tl:
         rebound["tl"] = language

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 
-from .codes import FORMATS, LEAST, Format
+from .codes import FORMATS, LEAST, Format, _cell7
 from .cpp import PRELUDE, as_cpp
 from .language import as_torch
 
@@ -24,51 +24,46 @@ __all__ = ["Job", "native"]
 Job = tuple[Format, torch.Tensor, torch.Tensor, torch.Tensor]
 """A format; codes ``[blocks, width]``, scales ``[blocks]`` and numbers ``[blocks, block]``, dense, on the CPU."""
 
-_BLOCKS = (
-    """
+_BLOCKS = """
 struct Job { int64_t format; uint8_t* codes; float* scales; float* numbers; int64_t blocks; };
 
 #ifdef __AVX512F__
-#include <immintrin.h>
-// Sixteen entries in each register; a code is looked up in pairs of them, of which its high bits choose one.
-static inline void look_up8(const float* table, const uint8_t* codes, float scale, float* out) {
-    __m512 parts[16];
-    for (int j = 0; j < 16; ++j) parts[j] = _mm512_loadu_ps(table + 16 * j);
-    for (int i = 0; i < 256; i += 16) {
-        const __m512i k = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-        __m512 found[8];
-        for (int j = 0; j < 8; ++j) found[j] = _mm512_permutex2var_ps(parts[2 * j], k, parts[2 * j + 1]);
-        for (int width = 4, bit = 32; width; width /= 2, bit *= 2) {
-            const __mmask16 upper = _mm512_test_epi32_mask(k, _mm512_set1_epi32(bit));
-            for (int j = 0; j < width; ++j) found[j] = _mm512_mask_mov_ps(found[2 * j], upper, found[2 * j + 1]);
-        }
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(found[0], _mm512_set1_ps(scale)));
+// Sixteen entries in each register; of each pair the low five bits of a code choose one, then its high bits a pair.
+template <int ENTRIES>
+static inline F look_up(const float* table, I code) {
+    F found[ENTRIES / 32 + 1];
+    for (int j = 0; j < ENTRIES; j += 32)
+        found[j / 32] = (F)_mm512_permutex2var_ps(_mm512_loadu_ps(table + j), (__m512i)code, _mm512_loadu_ps(table + j + 16));
+    for (int width = ENTRIES / 64, bit = 32; width; width /= 2, bit *= 2) {
+        const __mmask16 upper = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(bit));
+        for (int j = 0; j < width; ++j)
+            found[j] = (F)_mm512_mask_mov_ps((__m512)found[2 * j], upper, (__m512)found[2 * j + 1]);
     }
+    return found[0];
 }
 #else
-static inline void look_up8(const float* table, const uint8_t* codes, float scale, float* out) {
-    for (int i = 0; i < 256; ++i) out[i] = table[codes[i]] * scale;
-}
+template <int ENTRIES>
+static inline F look_up(const float* table, I code) { return table[code]; }
 #endif
 
 template <int BITS, int BLOCK>
 static void decode_block(const Job& job, int64_t i, const float* table) {
     constexpr int WIDTH = BLOCK * BITS / 8;
-    const uint8_t* codes = job.codes + i * WIDTH;
-    float* out = job.numbers + i * BLOCK;
-    const float scale = job.scales[i];
-    if constexpr (BITS == 8) {
-        static_assert(BLOCK == 256);
-        look_up8(table, codes, scale, out);
-    } else {
-        for (int j = 0; j < WIDTH; ++j) {
-            out[j] = table[codes[j] & 15] * scale;
-            out[j + WIDTH] = table[codes[j] >> 4] * scale;
+    const uint8_t* __restrict codes = job.codes + i * WIDTH;
+    float* __restrict out = job.numbers + i * BLOCK;
+    const F scale = real(job.scales[i]);
+    for (int j = 0; j < WIDTH; j += LANES) {
+        const I code = load_bytes(codes + j);
+        if constexpr (BITS == 8) {
+            store(out + j, look_up<256>(table, code) * scale);
+        } else {
+            store(out + j, look_up<32>(table, code & whole(15)) * scale);
+            store(out + j + WIDTH, look_up<32>(table, code >> 4) * scale);
         }
     }
 }
 
-template <int BITS, int BLOCK, float CODE(float)>
+template <int BITS, int BLOCK, F CODE(F)>
 static void encode_block(const Job& job, int64_t i, bool known) {
     constexpr int WIDTH = BLOCK * BITS / 8;
     const float* __restrict x = job.numbers + i * BLOCK;
@@ -76,18 +71,22 @@ static void encode_block(const Job& job, int64_t i, bool known) {
     if (!known) {  // as bits: ordered as the numbers are, NaN above all
         int32_t most = 0;
         for (int j = 0; j < BLOCK; ++j) {
-            const int32_t size = as_int(x[j]) & 0x7FFFFFFF;
-            most = most > size ? most : size;
+            int32_t bits;
+            std::memcpy(&bits, x + j, 4);
+            bits &= 0x7FFFFFFF;
+            most = most > bits ? most : bits;
         }
-        const float scale = as_float(most < 0x7F800000 ? most : 0x7F800000);
+        most = most < 0x7F800000 ? most : 0x7F800000;
+        float scale;
+        std::memcpy(&scale, &most, 4);
         job.scales[i] = scale < LEAST ? 0.0f : scale;
     }
     const float scale = job.scales[i];
-    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (int j = 0; j < WIDTH; ++j) {
-        int32_t code = (int32_t)CODE(x[j] * inverse);
-        if constexpr (BITS == 4) code |= (int32_t)CODE(x[j + WIDTH] * inverse) << 4;
-        codes[j] = (uint8_t)code;
+    const F inverse = real(scale > 0.0f ? 1.0f / scale : 0.0f);
+    for (int j = 0; j < WIDTH; j += LANES) {
+        I code = whole(CODE(load(x + j) * inverse));
+        if constexpr (BITS == 4) code = code + (whole(CODE(load(x + j + WIDTH) * inverse)) << 4);
+        store_bytes(codes + j, code);
     }
 }
 
@@ -103,11 +102,37 @@ static void each_block(const Job* jobs, int64_t count, Work work) {
     }
 }
 """
-)
+
+
+_OCTAVES = """
+#ifdef __AVX512F__
+// In an octave at most two of the seven lines are the least anywhere: they are looked up, and the lesser taken.
+static inline F cell7(F y) {
+    I octave = (as_int(y) >> 23) - whole(107);
+    octave = octave < whole(0) ? whole(0) : octave;
+    const F lower = look_up<32>(OFFSETS[0], octave) + look_up<32>(SLOPES[0], octave) * y;
+    const F upper = look_up<32>(OFFSETS[1], octave) + look_up<32>(SLOPES[1], octave) * y;
+    return least(lower, upper);
+}
+#else
+"""
+
+
+def _octaves() -> str:
+    """The lines of ``_cell7`` by octaves from 2^-20 to 1, below the first as in it: that of either end of each."""
+    ends = [[2.0**i for i in range(-20, 12)], [2.0**i * (2 - 2**-20) for i in range(-20, 12)]]
+    lines = [[sum(10.0**decade <= y for decade in range(-6, 0)) for y in each] for each in ends]
+
+    def table(name: str, value: Callable[[int], float]) -> str:
+        rows = ", ".join("{" + ", ".join(f"(float){value(i)!r}" for i in row) + "}" for row in lines)
+        return f"static const float {name}[2][32] = {{{rows}}};\n"
+
+    tables = table("OFFSETS", lambda i: 8 / 9 * 2**i) + table("SLOPES", lambda i: 1e7 / 9 / 5**i)
+    return f"{tables}{_OCTAVES}{as_cpp(_cell7, 'cell7')}#endif\n"
 
 
 def _source() -> str:
-    functions = "".join(as_cpp(code.encode, f"code{i}") for i, code in enumerate(FORMATS))
+    functions = "".join(as_cpp(code.encode, f"code{i}", {_cell7: "cell7"}) for i, code in enumerate(FORMATS))
     sizes = [f"{code.bits}, {code.block}" for code in FORMATS]
     encoding = "".join(
         f"        case {i}: return encode_block<{size}, code{i}>(job, i, known);\n" for i, size in enumerate(sizes)
@@ -118,6 +143,7 @@ def _source() -> str:
     return f"""{PRELUDE}
 static const float LEAST = (float){LEAST!r};
 {_BLOCKS}
+{_octaves()}
 {functions}
 extern "C" void encode(const Job* jobs, int64_t count, int64_t known) {{
     each_block(jobs, count, [=](const Job& job, int64_t i) {{
