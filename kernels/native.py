@@ -24,7 +24,16 @@ __all__ = ["Job", "native"]
 Job = tuple[Format, torch.Tensor, torch.Tensor, torch.Tensor]
 """A format; codes ``[blocks, width]``, scales ``[blocks]`` and numbers ``[blocks, block]``, dense, on the CPU."""
 
+_NUMBERS = {(code.name, code.signed): i for i, code in enumerate(FORMATS)}
+
 _BLOCKS = """
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_num_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+#endif
+
 struct Job { int64_t format; uint8_t* codes; float* scales; float* numbers; int64_t blocks; };
 
 #ifdef __AVX512F__
@@ -90,15 +99,20 @@ static void encode_block(const Job& job, int64_t i, bool known) {
     }
 }
 
+// Every thread has the same part of each job, as loops over the numbers give them out, and goes through it from its end:
+// what such a loop wrote last, and what it reads first, is then in this core's cache.
 template <typename Work>
 static void each_block(const Job* jobs, int64_t count, Work work) {
+    constexpr int64_t SLICES = 64;
     int64_t total = 0;
     for (int64_t n = 0; n < count; ++n) total += jobs[n].blocks;
-    #pragma omp parallel for schedule(static) if (total > 64)
-    for (int64_t at = 0; at < total; ++at) {
-        int64_t n = 0, i = at;
-        while (i >= jobs[n].blocks) i -= jobs[n++].blocks;
-        work(jobs[n], i);
+    #pragma omp parallel if (total > 64)
+    {
+        const int64_t parts = SLICES * omp_get_num_threads(), first = SLICES * omp_get_thread_num();
+        for (int64_t part = first + SLICES - 1; part >= first; --part)
+            for (int64_t n = 0; n < count; ++n)
+                for (int64_t i = jobs[n].blocks * part / parts; i < jobs[n].blocks * (part + 1) / parts; ++i)
+                    work(jobs[n], i);
     }
 }
 """
@@ -183,7 +197,7 @@ class Native:
 
 def _written(jobs: Sequence[Job]) -> Any:
     rows = [
-        (FORMATS.index(code), codes.data_ptr(), scales.data_ptr(), numbers.data_ptr(), len(codes))
+        (_NUMBERS[code.name, code.signed], codes.data_ptr(), scales.data_ptr(), numbers.data_ptr(), codes.shape[0])
         for code, codes, scales, numbers in jobs
     ]
     return (ctypes.c_int64 * (5 * len(rows)))(*chain.from_iterable(rows))

@@ -28,7 +28,7 @@ def decode(backend: Backend, jobs: Sequence[Job]) -> None:
         jobs: each a format; codes, uint8, ``[blocks, code.width]``; scales, float32, ``[blocks]``; and the numbers,
             float32, ``[blocks, code.block]``. Dense, on one device.
     """
-    jobs = [job for job in jobs if len(job[1])]
+    jobs = [job for job in jobs if job[1].shape[0]]
     library = _library(backend, jobs)
     if library is not None:
         library.decode(jobs)
@@ -49,7 +49,7 @@ def encode(backend: Backend, jobs: Sequence[Job], known: bool = False) -> None:
 
     A block with a number that is not finite is NaN from then on. Arguments as of :func:`decode`.
     """
-    jobs = [job for job in jobs if len(job[1])]
+    jobs = [job for job in jobs if job[1].shape[0]]
     library = _library(backend, jobs)
     if library is not None:
         library.encode(jobs, known)

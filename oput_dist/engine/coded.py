@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Part:
     values: torch.Tensor
     """The elements of the piece, flat: a part of :attr:`memory`, if the piece is consecutive."""
 
-    @property
+    @cached_property
     def job(self) -> Job:
         """To decode or code it all. Blocks that are cut get the scale of this rank's elements, for now."""
         coded, own = self.cell.coded, slice(self.range.first, self.range.first + self.range.count)
