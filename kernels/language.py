@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class _TorchLanguage:
     floor = staticmethod(torch.floor)
     static_range = staticmethod(range)
     int32, float32 = torch.int32, torch.float32
-    instead: dict[Any, Callable[..., Any]] = {}
+    instead: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({})
     """Functions that take the place of rules."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""State in few bits: blocks of numbers to codes and back, in torch operations, compiled, in C++, or by Triton kernels."""
+"""State in few bits: blocks of numbers to codes and back, by torch operations, in C++, or by Triton kernels."""
 
 from __future__ import annotations
 

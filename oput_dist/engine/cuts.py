@@ -104,7 +104,12 @@ class Cuts:
         """Exchange, and code the blocks anew. Every rank must call it."""
         packed_sum(table, self._schedule, maximum=True)
         jobs = [
-            (each.cell.code, torch.empty_like(each.cell.coded.codes[: len(each.rows)]), table[each.places], each.numbers)
+            (
+                each.cell.code,
+                torch.empty_like(each.cell.coded.codes[: len(each.rows)]),
+                table[each.places],
+                each.numbers,
+            )
             for each in waiting
         ]
         encode(backend, jobs, known=True)
