@@ -36,11 +36,11 @@ def codes(number: int, setup: Setup, count: int, exact: bool) -> Result:
     for name in (setup.backend, "eager"):
         bits = torch.zeros(count, code.width, dtype=torch.uint8, device=setup.device)
         scales = torch.zeros(count, device=setup.device)
-        encode(backend(name), code, given, bits, scales)
+        encode(backend(name), [(code, bits, scales, given)])
         out = torch.empty_like(given)
-        decode(backend(name), code, bits, scales, out)
+        decode(backend(name), [(code, bits, scales, out)])
         again = torch.zeros_like(bits)
-        encode(backend(name), code, given, again, scales, known=True)
+        encode(backend(name), [(code, again, scales, given)], known=True)
         made.append([bits, scales, out, again])
     finite = given.isfinite().all(1)
     if not torch.equal(made[0][1], made[1][1]) or made[0][2][~finite].isfinite().any():

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["HAS_TRITON", "Rule", "as_torch", "fresh_function", "jit", "rule", "tl"]
+__all__ = ["HAS_TRITON", "Rule", "as_torch", "fresh_function", "in_language", "jit", "rule", "tl"]
 
 
 class _TorchLanguage:
@@ -27,6 +27,8 @@ class _TorchLanguage:
     floor = staticmethod(torch.floor)
     static_range = staticmethod(range)
     int32, float32 = torch.int32, torch.float32
+    instead: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({})
+    """Functions that take the place of rules."""
 
     @staticmethod
     def where(condition: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
@@ -93,23 +95,33 @@ def rule(fn: Callable[..., Any]) -> Rule:
     return jit(fn)
 
 
-_as_torch_cache: dict[Rule, Callable[..., Any]] = {}
+_known: dict[tuple[Rule, Any], Callable[..., Any]] = {}
 
 
 def as_torch(a_rule: Rule) -> Callable[..., Any]:
     """The rule as a function of torch tensors (elementwise tensors for tiles, 0-d or 1-d tensors for scalars)."""
-    if a_rule not in _as_torch_cache:
+    return in_language(a_rule, _TORCH)
+
+
+def in_language(a_rule: Rule, language: Any) -> Callable[..., Any]:
+    """The rule with another object for ``tl``, in the rules that it calls too."""
+    key = (a_rule, language)
+    if key not in _known:
         fn: types.FunctionType = a_rule.fn
-        _as_torch_cache[a_rule] = fresh_function(fn, {**fn.__globals__, **_rebound(fn)})
-    return _as_torch_cache[a_rule]
+        _known[key] = fresh_function(fn, {**fn.__globals__, **_rebound(fn, language)})
+    return _known[key]
 
 
-def _rebound(fn: types.FunctionType) -> dict[str, Any]:
-    """The globals that ``fn`` must see differently to run on torch: the language, and other rules."""
+def _rebound(fn: types.FunctionType, language: Any) -> dict[str, Any]:
+    """The globals that ``fn`` must see differently: the language, and other rules."""
     names = {name: fn.__globals__[name] for name in fn.__code__.co_names if name in fn.__globals__}
-    rebound: dict[str, Any] = {name: as_torch(value) for name, value in names.items() if isinstance(value, _RULE_TYPES)}
+    rebound: dict[str, Any] = {
+        name: language.instead.get(value) or in_language(value, language)
+        for name, value in names.items()
+        if isinstance(value, _RULE_TYPES)
+    }
     if names.get("tl") is tl:
-        rebound["tl"] = _TORCH
+        rebound["tl"] = language
     return rebound
 
 

@@ -13,11 +13,12 @@ from torch import nn
 import oput_dist as oput
 from benchmarks import coding_checks
 from benchmarks.checks import Setup
-from oput_dist.backends import backend
+from oput_dist.backends import backend, coding
 from oput_dist.backends.coding import decode, encode
 from oput_dist.engine.buckets import WAVE
 from oput_dist.engine.coded import Coded
 from oput_dist.kernels.codes import FORMATS, Format, format_of
+from oput_dist.kernels.native import native
 from tests.test_kernels import CPU, run
 from tests.test_memory import allocated
 
@@ -57,9 +58,9 @@ def blocks(code: Format, count: int = 40, seed: int = 0) -> torch.Tensor:
 
 def coded(code: Format, values: torch.Tensor, name: str = "eager") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     codes, scales = torch.empty(len(values), code.width, dtype=torch.uint8), torch.empty(len(values))
-    encode(backend(name), code, values, codes, scales)
+    encode(backend(name), [(code, codes, scales, values)])
     out = torch.empty_like(values)
-    decode(backend(name), code, codes, scales, out)
+    decode(backend(name), [(code, codes, scales, out)])
     return codes, scales, out
 
 
@@ -92,6 +93,48 @@ def test_compiled_codes_are_the_same_to_the_bit(code: Format) -> None:
     values = blocks(code, 9)
     for plain, compiled in zip(coded(code, values), coded(code, values, "compile"), strict=True):
         assert torch.equal(plain, compiled)
+
+
+@pytest.mark.parametrize("code", FORMATS, ids=NAMES)
+def test_compiled_codes_are_in_cpp_and_change_where_the_others_do(code: Format) -> None:
+    """Around the least number of every code, 256 floats on either side, and at random ones."""
+    assert native() is not None
+    signs = (False, True) if code.signed else (False,)
+    drawn = torch.randint(as_bits(1.0) + 1, (2**16,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    for negative in signs:
+        low, high = torch.zeros(256, dtype=torch.int32), torch.full((256,), as_bits(1.0), dtype=torch.int32)
+        first = int(at_scale_one(code, torch.zeros(256, dtype=torch.int32), negative, "eager")[0])
+        falls = negative and code.name != "fp8"
+        wanted = (first if not negative or falls else 128) + torch.arange(256) * (-1 if falls else 1)
+        for _ in range(31):  # the least magnitude whose code is at least so far from that of zero
+            middle = low + torch.div(high - low, 2, rounding_mode="floor")
+            codes = at_scale_one(code, middle, negative, "eager").int()
+            reached = (codes <= wanted) if falls else (codes >= wanted)
+            low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+        near = (high.unsqueeze(1) + torch.arange(-256, 256, dtype=torch.int32)).clamp(0, as_bits(1.0)).flatten()
+        for bits in (near, drawn):
+            eager = at_scale_one(code, bits, negative, "eager")
+            assert torch.equal(at_scale_one(code, bits, negative, "compile"), eager)
+
+
+def as_bits(x: float) -> int:
+    return int(torch.tensor(x).view(torch.int32))
+
+
+def at_scale_one(code: Format, bits: torch.Tensor, negative: bool, name: str) -> torch.Tensor:
+    """The codes of floats of given bits."""
+    values = bits.view(torch.float32).view(-1, code.block) * (-1 if negative else 1)
+    codes = torch.empty(len(values), code.width, dtype=torch.uint8)
+    encode(backend(name), [(code, codes, torch.ones(len(values)), values)], known=True)
+    return unpacked(code, codes).flatten()
+
+
+def test_without_a_compiler_for_cpp_torch_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = format_of("int8", True)
+    values = blocks(code, 9)
+    found = coded(code, values, "compile")
+    monkeypatch.setattr(coding, "native", lambda: None)
+    assert all(torch.equal(a, b) for a, b in zip(coded(code, values, "compile"), found, strict=True))
 
 
 def test_kernels_do_the_same(interpreter: Executor) -> None:

@@ -12,7 +12,7 @@ import torch
 from oput_dist.kernels.language import HAS_TRITON
 
 from .batch import Backend, Batch, Row, Scalars, Stack, compute_dtype
-from .coding import decode, encode
+from .coding import Job, decode, encode
 from .packing import PACK, SMALL
 from .torchlike import Compile, Eager, Foreach
 from .transfer import send
@@ -24,6 +24,7 @@ __all__ = [
     "SMALL",
     "Backend",
     "Batch",
+    "Job",
     "Row",
     "Scalars",
     "Stack",

@@ -1,68 +1,74 @@
-"""State in few bits: blocks of numbers to codes and back, in torch operations, compiled, or by Triton kernels."""
+"""State in few bits: blocks of numbers to codes and back, by torch operations, in C++, or by Triton kernels."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from oput_dist.kernels.codes import LEAST, PROGRAM, Format, constexprs, decode_blocks, encode_blocks
 from oput_dist.kernels.language import as_torch, fresh_function
+from oput_dist.kernels.native import Job, Native, native
 
 from .batch import Backend
 from .transfer import on
 
-__all__ = ["decode", "encode"]
+__all__ = ["Job", "decode", "encode"]
 
 _CHUNK = 2**17
 """Elements at once in plain torch operations: bounds the temporaries."""
 
 
-def decode(backend: Backend, code: Format, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Write blocks of numbers.
+def decode(backend: Backend, jobs: Sequence[Job]) -> None:
+    """Write blocks of numbers from their codes and scales.
 
     Args:
         backend: what runs it.
-        code: the format.
-        codes: uint8, ``[blocks, code.width]``.
-        scales: float32, ``[blocks]``.
-        out: float32, ``[blocks, code.block]``.
+        jobs: each a format; codes, uint8, ``[blocks, code.width]``; scales, float32, ``[blocks]``; and the numbers,
+            float32, ``[blocks, code.block]``. Dense, on one device.
     """
-    if not len(codes):
+    jobs = [job for job in jobs if job[1].shape[0]]
+    library = _library(backend, jobs)
+    if library is not None:
+        library.decode(jobs)
         return
-    if backend.name == "triton":
-        grid = (-(-len(codes) // PROGRAM),)
-        with on(codes.device):
-            decode_blocks[grid](codes, scales, out, len(codes), **constexprs(code, encode=False))
-        return
-    body = _decoding(code, backend.name == "compile")
-    for part in _parts(code, len(codes), backend):
-        body(codes[part], scales[part], out[part])
+    for code, codes, scales, numbers in jobs:
+        if backend.name == "triton":
+            grid = (-(-len(codes) // PROGRAM),)
+            with on(codes.device):
+                decode_blocks[grid](codes, scales, numbers, len(codes), **constexprs(code, encode=False))
+            continue
+        body = _decoding(code, backend.name == "compile")
+        for part in _parts(code, len(codes), backend):
+            body(codes[part], scales[part], numbers[part])
 
 
-def encode(
-    backend: Backend,
-    code: Format,
-    values: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    known: bool = False,
-) -> None:
+def encode(backend: Backend, jobs: Sequence[Job], known: bool = False) -> None:
     """Write codes of blocks of numbers, and the scales, unless these are known: at least the largest magnitude.
 
     A block with a number that is not finite is NaN from then on. Arguments as of :func:`decode`.
     """
-    if not len(codes):
+    jobs = [job for job in jobs if job[1].shape[0]]
+    library = _library(backend, jobs)
+    if library is not None:
+        library.encode(jobs, known)
         return
-    if backend.name == "triton":
-        grid = (-(-len(codes) // PROGRAM),)
-        with on(codes.device):
-            encode_blocks[grid](values, codes, scales, len(codes), **constexprs(code, encode=True, known=known))
-        return
-    body = _encoding(code, known, backend.name == "compile")
-    for part in _parts(code, len(codes), backend):
-        body(values[part], codes[part], scales[part])
+    for code, codes, scales, numbers in jobs:
+        if backend.name == "triton":
+            grid = (-(-len(codes) // PROGRAM),)
+            with on(codes.device):
+                encode_blocks[grid](numbers, codes, scales, len(codes), **constexprs(code, encode=True, known=known))
+            continue
+        body = _encoding(code, known, backend.name == "compile")
+        for part in _parts(code, len(codes), backend):
+            body(numbers[part], codes[part], scales[part])
+
+
+def _library(backend: Backend, jobs: Sequence[Job]) -> Native | None:
+    """C++ where backend ``compile`` is on a CPU, and it could be built."""
+    here = backend.name == "compile" and bool(jobs) and jobs[0][1].device.type == "cpu"
+    return native() if here else None
 
 
 def _parts(code: Format, count: int, backend: Backend) -> list[slice]:

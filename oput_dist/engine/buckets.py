@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oput_dist.backends import Backend, Batch
+from oput_dist.backends import Backend, Batch, decode, encode
 from oput_dist.kernels.stage import Prologue, Write
 
 from .coded import Cell, Part
@@ -119,27 +119,32 @@ class Open:
         self._backend, self.parts = backend, list[Part]()
         sizes = [[_room(cell, member) for cell in member.cells] for member in bucket.members]
         memory, at = scratch.of(bucket.slots[0].device, sum(sum(each) for each in sizes)), 0
-        state = []
         for member, rooms in zip(bucket.members, sizes, strict=True):
-            row, room = [], iter(rooms)
-            for each in member.state:
-                if isinstance(each, Cell):
-                    size = next(room)
-                    part = each.open(member.start, member.stop, memory[at : at + size], backend)
-                    at += size
-                    self.parts.append(part)
-                    row.append(part.values)
-                elif isinstance(each, Tossed):
-                    row.append(each.of(member.start, member.stop, member.cells[0].blocks.begin))
-                else:
-                    row.append(member.part(each))
-            state.append(tuple(row))
-        bucket.batch.state = state
+            for cell, size in zip(member.cells, rooms, strict=True):
+                self.parts.append(cell.open(member.start, member.stop, memory[at : at + size]))
+                at += size
+        decode(backend, [part.job for part in self.parts if part.decodes])
+        for part in self.parts:
+            part.fill()
+        parts = iter(self.parts)
+        bucket.batch.state = [
+            tuple(_numbers(each, member, parts) for each in member.state) for member in bucket.members
+        ]
 
     def close(self) -> None:
         """Code what is there now."""
         for part in self.parts:
-            part.cell.close(part, self._backend)
+            part.gather()
+        encode(self._backend, [part.job for part in self.parts])
+
+
+def _numbers(state: torch.Tensor | Cell | Tossed, member: Member, parts: Iterator[Part]) -> torch.Tensor:
+    """One state of a member as a launch takes it; of a cell, the numbers of the next part."""
+    if isinstance(state, Cell):
+        return next(parts).values
+    if isinstance(state, Tossed):
+        return state.of(member.start, member.stop, member.cells[0].blocks.begin)
+    return member.part(state)
 
 
 def _room(cell: Cell, member: Member) -> int:

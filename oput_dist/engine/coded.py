@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from oput_dist.backends import Backend, backend, decode, encode
+from oput_dist.backends import Job, backend, decode, encode
 from oput_dist.kernels.codes import Format
 from oput_dist.layout import LayoutError, flat
 
@@ -62,7 +63,7 @@ class Coded:
         if count and device.type != "meta":
             zero = torch.empty(1, code.width, dtype=torch.uint8, device="cpu")
             scale = torch.zeros(1, dtype=torch.float32, device="cpu")
-            encode(backend("eager"), code, torch.zeros(1, code.block, device="cpu"), zero, scale)
+            encode(backend("eager"), [(code, zero, scale, torch.zeros(1, code.block, device="cpu"))])
             made.codes.copy_(zero.to(device))
         return made
 
@@ -82,6 +83,40 @@ class Part:
     """float32, ``[blocks, size]``; zero where the piece has no element."""
     values: torch.Tensor
     """The elements of the piece, flat: a part of :attr:`memory`, if the piece is consecutive."""
+
+    @cached_property
+    def job(self) -> Job:
+        """To decode or code it all. Blocks that are cut get the scale of this rank's elements, for now."""
+        coded, own = self.cell.coded, slice(self.range.first, self.range.first + self.range.count)
+        return self.cell.code, coded.codes[own], coded.scales[own], self.memory
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its numbers are in codes: not those that were loaded."""
+        return self.cell.loaded is None
+
+    def fill(self) -> None:
+        """Set what is not decoded."""
+        loaded, blocks = self.cell.loaded, self.cell.blocks
+        if blocks.begin is None:
+            flat = self.memory.view(-1)
+            self.values = flat[self._places()] if loaded is None else loaded.to(torch.float32, copy=True)
+            return
+        if loaded is not None:
+            self.values.copy_(loaded[self.range.start : self.range.stop])
+        lead, used = self.range.lead, self.range.lead + len(self.values)
+        if lead:
+            self.memory.view(-1)[:lead] = 0  # codes of some formats have no zero
+        if used < self.memory.numel():
+            self.memory.view(-1)[used:] = 0
+
+    def gather(self) -> None:
+        """Put numbers in their blocks where they are apart."""
+        if self.cell.blocks.begin is None:
+            self.memory.zero_().view(-1)[self._places()] = self.values
+
+    def _places(self) -> torch.Tensor:
+        return self.cell.blocks.places(self.cell.slot)
 
 
 class Cell:
@@ -105,9 +140,9 @@ class Cell:
         self.blocks = blocks_of(slot, code.block)
         found = _found(slot, state, name)
         self._coded = found if isinstance(found, Coded) else None
-        self._loaded: torch.Tensor | None = None
+        self.loaded: torch.Tensor | None = None
         if isinstance(found, torch.Tensor):
-            self._loaded = _numbers(slot, found)
+            self.loaded = _numbers(slot, found)
         elif self._coded is None or self._coded.code != code:
             self._coded = Coded.zeros(code, self.blocks.count, slot.device)
             state[slot.key(name)] = self._coded
@@ -130,44 +165,21 @@ class Cell:
             self._coded = Coded.zeros(self.code, self.blocks.count, self.slot.device)
         return self._coded
 
-    def open(self, start: int, stop: int, memory: torch.Tensor, run: Backend) -> Part:
-        """The numbers of elements ``start:stop``, in memory of enough elements."""
+    def open(self, start: int, stop: int, memory: torch.Tensor) -> Part:
+        """Elements ``start:stop``, in memory of enough of them: once it is decoded, :meth:`Part.fill` sets the rest."""
         blocks, size = self.blocks.range(start, stop), self.code.block
         memory = memory[: blocks.count * size].view(blocks.count, size)
-        values = memory.view(-1)[blocks.lead : blocks.lead + stop - start]
-        if self._loaded is None:
-            coded, part = self.coded, slice(blocks.first, blocks.first + blocks.count)
-            decode(run, self.code, coded.codes[part], coded.scales[part], memory)
-            if self.blocks.begin is None:
-                values = memory.view(-1)[self._places()]
-                return Part(self, blocks, memory, values)
-        elif self.blocks.begin is None:
-            return Part(self, blocks, memory, self._loaded.to(torch.float32, copy=True))
-        else:
-            values.copy_(self._loaded[start:stop])
-        memory.view(-1)[: blocks.lead] = 0  # codes of some formats have no zero
-        memory.view(-1)[blocks.lead + stop - start :] = 0
-        return Part(self, blocks, memory, values)
-
-    def close(self, part: Part, run: Backend) -> None:
-        """Code the numbers of a part. Blocks that are cut have the scale of this rank's elements, for now."""
-        if self.blocks.begin is None:
-            part.memory.zero_().view(-1)[self._places()] = part.values
-        coded, own = self.coded, slice(part.range.first, part.range.first + part.range.count)
-        encode(run, self.code, part.memory, coded.codes[own], coded.scales[own])
+        return Part(self, blocks, memory, memory.view(-1)[blocks.lead : blocks.lead + stop - start])
 
     def finish(self) -> None:
-        """Keep the codes, once all parts are closed."""
-        self._state[self.slot.key(self.name)], self._loaded = self.coded, None
+        """Keep the codes, once all parts are coded."""
+        self._state[self.slot.key(self.name)], self.loaded = self.coded, None
 
     def cut_in(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         """The numbers of the cut blocks of a part among this rank's, and the numbers in them."""
         cut = self.blocks.cut
         cut = cut[(cut >= part.range.first) & (cut < part.range.first + part.range.count)]
         return cut, part.memory[(cut - part.range.first).to(part.memory.device)]
-
-    def _places(self) -> torch.Tensor:
-        return self.blocks.places(self.slot)
 
 
 def _numbers(slot: Slot, value: torch.Tensor) -> torch.Tensor:
@@ -223,7 +235,7 @@ def decoded(slot: Slot, coded: Coded) -> torch.Tensor:
     blocks = blocks_of(slot, coded.code.block)
     memory = torch.empty(blocks.count, coded.code.block, dtype=torch.float32, device=coded.codes.device)
     run = backend("triton" if memory.device.type == "cuda" else "eager")
-    decode(run, coded.code, coded.codes, coded.scales, memory)
+    decode(run, [(coded.code, coded.codes, coded.scales, memory)])
     if blocks.begin is None:
         return memory.view(-1)[blocks.places(slot)]
     lead = blocks.range(0, slot.numel).lead

@@ -103,11 +103,18 @@ class Cuts:
     def settle(self, table: torch.Tensor, waiting: Sequence[Waiting], backend: Backend) -> None:
         """Exchange, and code the blocks anew. Every rank must call it."""
         packed_sum(table, self._schedule, maximum=True)
-        for each in waiting:
-            coded, scales = each.cell.coded, table[each.places]
-            codes = torch.empty_like(coded.codes[: len(each.rows)])
-            encode(backend, coded.code, each.numbers, codes, scales, known=True)
-            coded.codes[each.rows], coded.scales[each.rows] = codes, scales
+        jobs = [
+            (
+                each.cell.code,
+                torch.empty_like(each.cell.coded.codes[: len(each.rows)]),
+                table[each.places],
+                each.numbers,
+            )
+            for each in waiting
+        ]
+        encode(backend, jobs, known=True)
+        for each, (_, codes, scales, _) in zip(waiting, jobs, strict=True):
+            each.cell.coded.codes[each.rows], each.cell.coded.scales[each.rows] = codes, scales
 
 
 class Waiting:

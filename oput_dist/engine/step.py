@@ -89,6 +89,7 @@ class Step:
         self._spread, self._loss, self._unscale = spread, loss, unscale
         self.real_groups, self.model_groups = groups, spread.model
         self._steps: dict[Slot, int] = {}
+        self._rows: dict[Any, Scalars] = {}  # the same object for buckets that are alike, as waves of one parameter are
         without = {"weight_decay": 0.0} if options.accumulate else {}
         self._groups = [{**group, "lr": as_scalar(group["lr"]), **without} for group in groups]
         self._scalars = scalars
@@ -229,10 +230,14 @@ class Step:
         prologue = self._kinds[self._kind[slots[0].index]][1]
         rows: dict[tuple[int, int], int] = {}
         which = [rows.setdefault((slot.group, self._steps.get(slot, 1)), len(rows)) for slot in slots]
+        key = (slots[0].device, self._kind[slots[0].index], tuple(rows), tuple(which))
+        if key in self._rows:
+            return self._rows[key]
         named = [self._scalars(self._groups[group], step) for group, step in rows]
         assert len({type(h) for h in named}) == 1, "scalars of one recipe must have the same names at every step"
         values = [(decay_scalar(prologue, self._groups[group]), *h) for (group, _), h in zip(rows, named, strict=True)]
-        return Scalars(type(named[0]), values, which, slots[0].device)
+        self._rows[key] = Scalars(type(named[0]), values, which, slots[0].device)
+        return self._rows[key]
 
     def _matrices(self) -> Matrices | None:
         if all(recipe.whole is None for recipe, _ in self._kinds):
