@@ -94,7 +94,7 @@ def _indices(values: Sequence[int]) -> torch.Tensor:
 
 
 def parted(batch: Batch) -> tuple[list[Rows], Batch | None, list[int]]:
-    """The runs of a batch that go by rows, of one row of scalars each, and what is left, with its numbers in the batch."""
+    """The runs of a batch that go by rows, each of one row of scalars; and the rest, with its numbers in the batch."""
     sizes, which = [p.numel() for p in batch.p], batch.scalars.which
     if "one after the other" not in batch.cache:  # what parameters allow does not change as long as they are the same
         batch.cache["one after the other"] = list(runs([batch.p], [0] * len(sizes), range(len(sizes))))
