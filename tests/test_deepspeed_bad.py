@@ -214,4 +214,5 @@ def test_refresh_is_refused_under_zero(pool: Pool, name: str, stage: int) -> Non
     """Its backward pass would be taken for the next step's; it names what estimates there."""
     for kind, text in pool.run(2, refreshed, name, stage):
         assert (kind, text.split(" ")[0]) == ("CurvatureError", f"{name}.refresh")
-        assert "use stage 0" in text
+        assert "update_hessian(batch_size)" in text
+        assert text.endswith("use stage 0")
