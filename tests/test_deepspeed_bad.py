@@ -54,6 +54,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "checkpoint.load_universal: Lion keeps other state than exp_avg and exp_avg_sq",
     ),
+    "universal, codes": (
+        {
+            "optimizer": {"type": "oput.AdamW", "params": {"state_dtype": "int8"}},
+            "zero_optimization": {"stage": 1},
+            "checkpoint": {"load_universal": True},
+        },
+        "checkpoint.load_universal: AdamW keeps state as codes",
+    ),
     "universal, round robin": (
         {
             "optimizer": {"type": "oput.AdamW", "params": {}},
@@ -180,3 +188,31 @@ def step_of_foreign(stage: int) -> bool:
 
 def test_optimizers_of_others_are_left_alone(pool: Pool) -> None:
     assert pool.run(1, step_of_foreign, 1) == [True]
+
+
+def refreshed(name: str, stage: int) -> tuple[str, str]:
+    """The type and text of what ``refresh`` raises between backward and step."""
+    deepspeed = enter()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": f"oput.{name}", "params": {}},
+    }
+    model = torch.nn.Linear(3, 2)
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    loss = engine(torch.ones(1, 3)).sum()
+    try:
+        engine.basic_optimizer.refresh(loss)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("name", ["Sophia", "AdaHessian"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_refresh_is_refused_under_zero(pool: Pool, name: str, stage: int) -> None:
+    """Its backward pass would be taken for the next step's; it names what estimates there."""
+    for kind, text in pool.run(2, refreshed, name, stage):
+        assert (kind, text.split(" ")[0]) == ("CurvatureError", f"{name}.refresh")
+        assert "update_hessian(batch_size)" in text
+        assert text.endswith("use stage 0")

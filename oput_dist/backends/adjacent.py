@@ -13,7 +13,7 @@ import torch
 
 from .batch import Batch, Scalars
 
-__all__ = ["joined"]
+__all__ = ["joined", "runs"]
 
 
 def joined(batch: Batch) -> Batch:
@@ -23,22 +23,22 @@ def joined(batch: Batch) -> Batch:
     """
     columns = [batch.p, batch.g, *(list(column) for column in zip(*batch.state, strict=True))]
     if "runs" not in batch.cache:  # what the parameters allow does not change as long as they are the same
-        batch.cache["runs"] = list(_runs(columns[:1], batch.scalars.which, range(len(batch.p))))
+        batch.cache["runs"] = list(runs(columns[:1], batch.scalars.which, range(len(batch.p))))
     if all(len(run) == 1 for run in batch.cache["runs"]):
         return batch
-    runs = [part for run in batch.cache["runs"] for part in _runs(columns, batch.scalars.which, run)]
-    sizes = [sum(batch.p[i].numel() for i in run) for run in runs]
+    found = [part for run in batch.cache["runs"] for part in runs(columns, batch.scalars.which, run)]
+    sizes = [sum(batch.p[i].numel() for i in run) for run in found]
     p, g, *state = (
-        [column[run[0]].as_strided((n,), (1,)) for run, n in zip(runs, sizes, strict=True)] for column in columns
+        [column[run[0]].as_strided((n,), (1,)) for run, n in zip(found, sizes, strict=True)] for column in columns
     )
     old = batch.scalars
-    scalars = Scalars(old.kind, old.rows, [old.which[run[0]] for run in runs], old.device)
-    states: list[tuple[torch.Tensor, ...]] = list(zip(*state, strict=True)) if state else [()] * len(runs)
+    scalars = Scalars(old.kind, old.rows, [old.which[run[0]] for run in found], old.device)
+    states: list[tuple[torch.Tensor, ...]] = list(zip(*state, strict=True)) if state else [()] * len(found)
     cache = batch.cache.setdefault(("joined", *sizes), {})
     return Batch(p, g, states, scalars, batch.prologue, batch.scale, cache, batch.lasting)
 
 
-def _runs(columns: Sequence[Sequence[torch.Tensor]], which: Sequence[int], indices: range) -> Iterator[range]:
+def runs(columns: Sequence[Sequence[torch.Tensor]], which: Sequence[int], indices: range) -> Iterator[range]:
     """Ranges of indices whose tensors lie one after the other in every column, of one row of scalars each."""
     start = indices.start
     for i, k in pairwise(indices):

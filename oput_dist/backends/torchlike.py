@@ -17,6 +17,7 @@ from .adjacent import joined
 from .batch import Batch, Stack, compute_dtype
 from .body import Body, body_of, factors_of
 from .packing import Pack, packs, segment_sums
+from .rows import Rows, parted
 from .transfer import send
 
 __all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
@@ -30,6 +31,8 @@ class TorchBackend:
     """Whether small tensors are run together."""
     chunk: int
     """Elements of one call of a body; bounds the temporaries."""
+    by_rows = False
+    """Whether pieces that lie together are run as one where they are summed over, or scaled, each by itself."""
 
     def __init__(self) -> None:
         self._bodies: dict[Any, Body] = {}
@@ -48,15 +51,67 @@ class TorchBackend:
         factors = None
         if sums is not None:
             factors = factors_of(stage, batch.scalars.table, batch.scalars.kind, sums, dtype)
-        single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
         out = None
         if measures(stage):
             out = torch.empty(len(batch.p), len(stage.sums), dtype=torch.float64, device=rows.device)
+        if not self.by_rows or rows.device.type != "cpu" or (out is None and factors is None):
+            self._run_pieces(stage, batch, rows, scale, factors, out)
+            return out
+        found, rest, left = parted(batch)
+        for run in found:
+            self._run_rows(stage, batch, run, rows, scale, factors, out)
+        if rest is batch:
+            self._run_pieces(stage, batch, rows, scale, factors, out)
+        elif rest is not None:
+            own = None if out is None else out[left]
+            self._run_pieces(stage, rest, rows, scale, None if factors is None else factors[:, left], own)
+            if out is not None and own is not None:
+                out[left] = own
+        return out
+
+    def _run_pieces(
+        self,
+        stage: Stage,
+        batch: Batch,
+        rows: torch.Tensor,
+        scale: torch.Tensor | None,
+        factors: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> None:
+        single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
         for i in single:
             self._run_single(stage, batch, i, rows, scale, factors, out)
         for pack in together:
             self._run_pack(stage, batch, pack, rows, scale, factors, out)
-        return out
+
+    def _run_rows(
+        self,
+        stage: Stage,
+        batch: Batch,
+        run: Rows,
+        rows: torch.Tensor,
+        scale: torch.Tensor | None,
+        factors: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> None:
+        columns = [batch.p, batch.g, *(list(column) for column in zip(*batch.state, strict=True))]
+        edges = [run.edges(column) for column in columns]  # before the loop writes them
+        row = rows[batch.scalars.which[run.indices[0]]]
+        # The loop is given scalars row by row, though all are alike: else Inductor takes new state, which would not
+        # depend on rows, for one long row, and makes it in a loop of its own, four times the time.
+        alike = row.unsqueeze(1).expand(-1, len(run.indices))
+        p, g, *state = [run.matrix(column) for column in columns]
+        c = () if factors is None else run.by_row(factors[:, run.indices]).unbind()
+        sums = self._body(stage, batch, summed=True, ndim=2)(p, g, tuple(state), run.by_row(alike), scale, c)
+        p, g, *state = edges
+        each = None if factors is None else factors[:, run.pieces].repeat_interleave(run.lengths, dim=1)
+        terms = self._body(stage, batch, summed=False)(p, g, tuple(state), row, scale, each) if len(p) else ()
+        if out is not None:
+            out[run.indices] = run.by_piece(sums)
+            if terms:
+                out.index_add_(0, run.pieces, torch.stack([segment_sums(term, run.lengths) for term in terms], 1))
+        for number in _changed(stage, batch.prologue, len(columns)):
+            run.put_edges(columns[number], edges[number])
 
     def _run_single(
         self,
@@ -209,7 +264,7 @@ class Foreach(TorchBackend):
 class Compile(TorchBackend):
     """Rules through torch.compile: one fused loop over memory for each stage, on CPU and GPU."""
 
-    name, packed, chunk = "compile", True, 2**40
+    name, packed, chunk, by_rows = "compile", True, 2**40, True
 
     def prepare(self, body: Body, stage: Stage) -> Body:
         # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.

@@ -137,6 +137,12 @@ def _of_checkpoints(engine: Any, optimizer: Optimizer | Wrapper) -> _Refusals:
                 "keeps other state than exp_avg and exp_avg_sq, which is all that universal checkpoints hold: use "
                 "oput_dist.deepspeed.full_state_dict(engine), or as many ranks as saved",
             )
+        elif origin_of(optimizer).options.storage is not None:
+            yield (
+                "checkpoint.load_universal",
+                "keeps state as codes (state_dtype), but universal checkpoints hold numbers: use "
+                "oput_dist.deepspeed.full_state_dict(engine), or as many ranks as saved",
+            )
         if zero.round_robin_gradients and stage in (1, 2):
             yield (
                 "zero_optimization.round_robin_gradients",
