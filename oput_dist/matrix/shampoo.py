@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
-    parts,
     products,
     replace,
     where,
@@ -73,6 +72,11 @@ class Precondition(Kronecker):
     def recurring(self, shape: Sequence[int]) -> tuple[int, tuple[float, ...]]:
         return (self.frequency, tuple(float(d**3) for d in shape)) if self.staggered else (1, ())
 
+    def load(self, shape: Sequence[int], turn: Turn) -> float:
+        now = due(turn, self.frequency, self.staggered, self.start, len(shape))
+        roots = sum(len(places) * float(d) ** 3 for d, places in zip(shape, now, strict=True))
+        return 2 * products(shape) * len(turn.phases) + _ROOT_COST * roots
+
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         found = {f"{name}_{i}": Kept((d, d), stored) for name in ("factor", "root") for i, d in enumerate(shape)}
@@ -85,17 +89,10 @@ class Precondition(Kronecker):
     def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
         counts = Counts(held[COUNTS])
         counts.steps += 1 if counting is None else counting
-        every = [(part, held.part(part), None if counting is None else counting[part]) for part in parts(gradient)]
-        for part, own, which in every:
-            for axis in range(gradient.dim() - 1):
-                keep_statistics(own[f"factor_{axis}"], gradient[part], axis, self.betas[1], which)
+        for axis in range(gradient.dim() - 1):
+            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.betas[1], counting)
         self.refresh(held, counts, turn, gradient)
-        scratch, scales = torch.empty_like(gradient[every[0][0]]), self._scales(counts)
-        ready = masked(counts.refreshes > 0)
-        for part, own, which in every:
-            some = gradient[part]
-            fine = None if ready is None else ready[part]
-            self._step(some, own, _Scales(*(each[part] for each in scales)), which, fine, scratch[: len(some)])
+        self._step(gradient, held, self._scales(counts), counting, masked(counts.refreshes > 0))
         return gradient
 
     def _scales(self, counts: Counts) -> _Scales:
@@ -104,46 +101,45 @@ class Precondition(Kronecker):
         filtered = 1 / (1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0))
         return _Scales(filtered, _correction(beta, counts).sqrt())
 
-    def _step(
-        self,
-        gradient: torch.Tensor,
-        own: Mapping[str, torch.Tensor],
-        scales: _Scales,
-        counting: Mask,
-        ready: Mask,
-        scratch: torch.Tensor,
-    ) -> None:
+    def _step(self, gradient: torch.Tensor, held: Held, scales: _Scales, counting: Mask, ready: Mask) -> None:
         """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
-        filtered = self._filtered(gradient, own, counting, scratch)
-        direction = self._graft(gradient, filtered, own, scales, counting, scratch)
+        scratch = torch.empty_like(gradient)
+        filtered = self._filtered(gradient, held, counting, scratch)
+        direction = self._graft(gradient, filtered, held, scales, counting, scratch)
+        size = scales.filtered * scales.squares
+        wanted = None if self.graft is None else size * _norm(direction)
+        if ready is not None:
+            direction = direction * broadcast(size, direction)
+        update = self._preconditioned(filtered, held, gradient, scratch)
+        factor = scales.filtered if wanted is None else wanted / (_norm(update) + 1e-16 / scales.filtered)
+        torch.mul(update, broadcast(factor, update), out=gradient)
+        if ready is not None:
+            gradient.copy_(where(ready, gradient, direction))
+
+    def _preconditioned(
+        self, filtered: torch.Tensor, held: Held, gradient: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
+        """Every axis multiplied by its root, in the memory of two tensors that have served."""
         update = filtered
         for axis in range(filtered.dim() - 1):
-            update = along(update, own[f"root_{axis}"].to(filtered.dtype), axis)
-        factor, size = scales.filtered, scales.filtered * scales.squares
-        if self.graft is not None:
-            factor = size * _norm(direction) / (_norm(update) + 1e-16 / scales.filtered)
-        if ready is None:
-            torch.mul(update, broadcast(factor, update), out=gradient)
-        else:
-            made = where(ready, update * broadcast(factor, update), direction * broadcast(size, direction))
-            gradient.copy_(made)
+            place = gradient if axis % 2 else scratch  # not where the last product is
+            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis, place)
+        return update
 
-    def _filtered(
-        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], counting: Mask, scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def _filtered(self, gradient: torch.Tensor, held: Held, counting: Mask, scratch: torch.Tensor) -> torch.Tensor:
         """The moving average that is preconditioned, biased."""
         beta1, beta3 = self.betas[0], self.beta3
         if not beta1:
             return gradient
-        other = None if beta3 == beta1 else beta3 * own["exp_avg"] + (1 - beta3) * gradient
-        average(own["exp_avg"], gradient, beta1, counting, scratch)
-        return own["exp_avg"] if other is None else other
+        other = None if beta3 == beta1 else beta3 * held["exp_avg"] + (1 - beta3) * gradient
+        average(held["exp_avg"], gradient, beta1, counting, scratch)
+        return held["exp_avg"] if other is None else other
 
     def _graft(
         self,
         gradient: torch.Tensor,
         filtered: torch.Tensor,
-        own: Mapping[str, torch.Tensor],
+        held: Held,
         scales: _Scales,
         counting: Mask,
         scratch: torch.Tensor,
@@ -152,8 +148,8 @@ class Precondition(Kronecker):
         if self.graft in (None, "sgd"):
             return filtered
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
-        average(own["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
-        root = torch.sqrt(own["graft_sq"], out=scratch)
+        average(held["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
+        root = torch.sqrt(held["graft_sq"], out=scratch)
         root += broadcast(self.graft_eps * scales.squares, root)
         return torch.div(filtered, root, out=root)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,6 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
-    parts,
     products,
     replace,
     where,
@@ -59,6 +58,19 @@ class AdamInEigenbasis(Kronecker):
         costs = tuple(float(shape[axis] ** 3) for axis in self._axes(shape)) or (0.0,)
         return (self.frequency, costs) if self.staggered else (1, ())
 
+    def load(self, shape: Sequence[int], turn: Turn) -> float:
+        axes = self._axes(shape)
+        now = self._due(turn, len(axes))
+        turning = sum(len(places) * float(shape[axis]) ** 3 for axis, places in zip(axes, now, strict=False))
+        return 4 * products(shape) * len(turn.phases) + _BASIS_COST * turning
+
+    def _due(self, turn: Turn, axes: int) -> list[list[int]]:
+        """Of each axis the places whose basis is due. Steps are counted from the second, the first that moves."""
+        recurring = max(1, axes)  # without axes a matrix only begins
+        if turn.step == 1:
+            return [list(range(len(turn.phases)))] * recurring
+        return due(Turn(turn.step - 1, turn.phases), self.frequency, self.staggered, 0, recurring)
+
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         axes = self._axes(shape)
@@ -79,51 +91,38 @@ class AdamInEigenbasis(Kronecker):
         based = counts.refreshes > 0  # the first gradient only makes a basis
         moving = masked(based if counting is None else based & counting)
         counts.steps += 1 if moving is None else moving
-        every = parts(gradient)
-        scratch = torch.empty_like(gradient[every[0]])
-        for part in every:
-            some, own = gradient[part], held.part(part)
-            for axis in self._axes(gradient.shape[1:]):
-                which = None if counting is None else counting[part]
-                keep_statistics(own[f"factor_{axis}"], some, axis, self.factor_beta, which)
-            which = None if moving is None else moving[part]
-            update = self._adam(some, own, which, scratch[: len(some)])
-            some.copy_(update if which is None else where(which, update, torch.zeros_like(update)))
+        for axis in self._axes(gradient.shape[1:]):
+            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.factor_beta, counting)
+        update = self._adam(gradient, held, counts, moving)
+        gradient.copy_(update if moving is None else where(moving, update, torch.zeros_like(update)))
         self.refresh(held, counts, turn, gradient)
         return gradient
 
-    def _adam(
-        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], moving: Mask, scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: Mask) -> torch.Tensor:
         """Both averages are kept in the basis: until that turns, the first is what turning that of gradients gives."""
         beta1, beta2 = self.betas
-        turned = self._turned(gradient, own, back=False)
-        average(own["exp_avg"], turned, beta1, moving, scratch)
-        average(own["exp_avg_sq"], torch.mul(turned, turned, out=scratch), beta2, moving, scratch)
-        steps = Counts(own[COUNTS]).steps.double().clamp(min=1)
-        step = torch.sqrt(own["exp_avg_sq"], out=scratch)
+        scratch = torch.empty_like(gradient)
+        turned = self._turned(gradient, held, back=False)
+        average(held["exp_avg"], turned, beta1, moving, scratch)
+        average(held["exp_avg_sq"], torch.mul(turned, turned, out=scratch), beta2, moving, scratch)
+        steps = counts.steps.double().clamp(min=1)
+        step = torch.sqrt(held["exp_avg_sq"], out=scratch)
         step += self.eps
-        torch.div(own["exp_avg"], step, out=step)
+        torch.div(held["exp_avg"], step, out=step)
         step *= broadcast((1 - beta2**steps).sqrt() / (1 - beta1**steps), step)
-        return self._turned(step, own, back=True)
+        return self._turned(step, held, back=True)
 
-    def _turned(self, stacked: torch.Tensor, own: Mapping[str, torch.Tensor], back: bool) -> torch.Tensor:
+    def _turned(self, stacked: torch.Tensor, held: Held, back: bool) -> torch.Tensor:
         """Into the basis, or back from it."""
         for axis in self._axes(stacked.shape[1:]):
-            basis = own[f"basis_{axis}"].to(stacked.dtype)
+            basis = held[f"basis_{axis}"].to(stacked.dtype)
             stacked = along(stacked, basis if back else basis.mT, axis)
         return stacked
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
-        """Bases at the first step, and where they are due after it, by one step of orthogonal iteration from the last.
-
-        Steps are counted from the second one, the first that moves parameters.
-        """
+        """Bases at the first step, then those that are due, by one step of orthogonal iteration from the last."""
         axes = self._axes(like.shape[1:])
-        later, recurring = Turn(turn.step - 1, turn.phases), max(1, len(axes))  # without axes a matrix only begins
-        everything = list(range(len(like)))
-        now = due(later, self.frequency, self.staggered, 0, recurring) if turn.step > 1 else [everything] * recurring
-        places, fresh, _ = with_fresh(now, counts)
+        places, fresh, _ = with_fresh(self._due(turn, len(axes)), counts)
         if fresh:
             self._first(held, counts, fresh, like)
         turning = [(axis, some) for axis, found in zip(axes, places, strict=False) for some in _together(found, like)]

@@ -64,10 +64,6 @@ class Held:
             self._stacked[name] = stacked.view(len(parts), *shape)
         return self._stacked[name]
 
-    def part(self, part: slice) -> dict[str, torch.Tensor]:
-        """Of some of the matrices that follow each other, as views."""
-        return {name: self[name][part] for name in self._shapes}
-
     def only(self, places: Sequence[int]) -> Held:
         """Of some of the matrices."""
         return Held(self._shapes, {name: [parts[i] for i in places] for name, parts in self._memory.items()})
@@ -117,6 +113,10 @@ class Work(ABC):
         What recurs in all matrices is spread over the steps of the period, so that they take about the same time.
         """
         return 1, ()
+
+    def load(self, shape: Shape, turn: Turn) -> float:
+        """Estimated time of this step for some matrices of a shape, as :meth:`cost` counts it."""
+        return self.cost(shape) * len(turn.phases)
 
     @abstractmethod
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
