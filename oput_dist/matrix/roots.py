@@ -10,7 +10,7 @@ import torch
 
 from .cores import shared_out
 
-__all__ = ["METHODS", "eigenvectors", "inverse_roots", "orthonormal"]
+__all__ = ["METHODS", "Checked", "eigenvectors", "inverse_roots", "orthonormal"]
 
 _NEWTON_STEPS = 40
 _SCHULZ_STEPS = 40

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from .delayed import WAITING, clear, put_off, taken_up, waiting
 from .kronecker import (
     COUNTS,
     Counts,
@@ -26,7 +28,7 @@ from .kronecker import (
     where,
     with_fresh,
 )
-from .roots import inverse_roots
+from .roots import Checked, inverse_roots
 from .work import Held, Kept, Turn
 
 __all__ = ["GRAFTS", "Precondition"]
@@ -54,6 +56,7 @@ class Precondition(Kronecker):
     eps: float
     frequency: int
     start: int
+    delay: int
     staggered: bool
     block_size: int | None
     exponents: tuple[float, ...] | None
@@ -73,13 +76,15 @@ class Precondition(Kronecker):
         return (self.frequency, tuple(float(d**3) for d in shape)) if self.staggered else (1, ())
 
     def load(self, shape: Sequence[int], turn: Turn) -> float:
-        now = due(turn, self.frequency, self.staggered, self.start, len(shape))
+        now = self._due(turn, len(shape))
         roots = sum(len(places) * float(d) ** 3 for d, places in zip(shape, now, strict=True))
         return 2 * products(shape) * len(turn.phases) + _ROOT_COST * roots
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         found = {f"{name}_{i}": Kept((d, d), stored) for name in ("factor", "root") for i, d in enumerate(shape)}
+        if self.delay:
+            found |= {f"{WAITING}_{i}": Kept((d, d), dtype) for i, d in enumerate(shape)}
         if self.betas[0]:
             found["exp_avg"] = Kept(shape, dtype)
         if self.graft not in (None, "sgd"):
@@ -154,24 +159,47 @@ class Precondition(Kronecker):
         return torch.div(filtered, root, out=root)
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
-        """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""
-        order = like.dim() - 1
-        due_now, fresh, every = with_fresh(due(turn, self.frequency, self.staggered, self.start, order), counts)
+        """Find roots anew where they are due, the first at once. What was put off is taken up before."""
+        order, find = like.dim() - 1, functools.partial(self._roots, like.dim() - 1)
+        if self.delay and turn.step > self.delay:
+            before = turn.step - self.delay
+            now = self._due(Turn(before, turn.phases), order)
+            if axes := waiting(held, dict(enumerate(now))):
+                self._take(held, counts, axes, taken_up(held, before, axes, find))
+                clear(held, axes)
+        later, fresh, every = with_fresh(self._due(turn, order), counts)
         if not every:
             return
-        axes = {axis: sorted([*places, *fresh]) for axis, places in enumerate(due_now) if places or fresh}
+        due_now = {axis: sorted([*(() if self.delay else places), *fresh]) for axis, places in enumerate(later)}
+        if axes := {axis: places for axis, places in due_now.items() if places}:
+            self._take(held, counts, axes, find(self._statistics(held, counts, axes, like)))
+        if self.delay and (axes := {axis: places for axis, places in enumerate(later) if places}):
+            given = self._statistics(held, counts, axes, like)
+            put_off(held, turn.step, axes, given, functools.partial(find, given))
+
+    def _due(self, turn: Turn, order: int) -> list[list[int]]:
+        return due(turn, self.frequency, self.staggered, self.start, order)
+
+    def _statistics(
+        self, held: Held, counts: Counts, axes: Mapping[int, list[int]], like: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Of each axis those at some places, unbiased."""
         correction = _correction(self.betas[1], counts)
-        factors = []
-        for axis, places in axes.items():
-            factor = at(held[f"factor_{axis}"], places).to(like.dtype)
-            factors.append(factor / broadcast(correction[places], factor))
-        found = inverse_roots(factors, self._root(order), self.eps, self.root_method)
+        factors = [(places, at(held[f"factor_{axis}"], places).to(like.dtype)) for axis, places in axes.items()]
+        return [factor / broadcast(correction[places], factor) for places, factor in factors]
+
+    def _roots(self, order: int, factors: Sequence[torch.Tensor]) -> Checked:
+        return inverse_roots(factors, self._root(order), self.eps, self.root_method)
+
+    def _take(self, held: Held, counts: Counts, axes: Mapping[int, list[int]], found: Checked) -> None:
+        """Take roots over. One that failed on any axis leaves the matrix with those that it has."""
         tried = counts.steps > 0
         good = tried.clone()
         for places, (_, fine) in zip(axes.values(), found, strict=True):
             good[places] &= fine
         for (axis, places), (roots, _) in zip(axes.items(), found, strict=True):
             replace(held[f"root_{axis}"], places, roots, good[places])
+        every = sorted({place for places in axes.values() for place in places})
         counts.refreshed(every, good[every], tried[every])
 
     def _root(self, order: int) -> float:

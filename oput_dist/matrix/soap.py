@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .delayed import WAITING, Axes, clear, put_off, taken_up, waiting
 from .kronecker import (
     COUNTS,
     Counts,
@@ -30,6 +32,8 @@ from .work import Held, Kept, Turn
 
 __all__ = ["AdamInEigenbasis"]
 
+_Found = list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]
+"""Of some axes the order of the last basis, ``[n, d]``, the next one, and which matrices succeeded."""
 _BASIS_COST = 4.0
 """Operations of a product and a QR decomposition of d x d matrices, over d^3, as slow as the latter is."""
 
@@ -42,6 +46,7 @@ class AdamInEigenbasis(Kronecker):
     factor_beta: float
     eps: float
     frequency: int
+    delay: int
     staggered: bool
     largest: int
     block_size: int | None
@@ -75,6 +80,8 @@ class AdamInEigenbasis(Kronecker):
         shape, stored = tuple(shape), self.factor_dtype or dtype
         axes = self._axes(shape)
         factors = {f"{name}_{i}": Kept((shape[i],) * 2, stored) for name in ("factor", "basis") for i in axes}
+        if self.delay:
+            factors |= {f"{WAITING}_{i}": Kept((shape[i],) * 2, dtype) for i in axes}
         return {
             **factors,
             "exp_avg": Kept(shape, dtype),
@@ -121,13 +128,28 @@ class AdamInEigenbasis(Kronecker):
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Bases at the first step, then those that are due, by one step of orthogonal iteration from the last."""
-        axes = self._axes(like.shape[1:])
-        places, fresh, _ = with_fresh(self._due(turn, len(axes)), counts)
+        own = self._axes(like.shape[1:])
+        if self.delay and turn.step > self.delay + 1:
+            before = Turn(turn.step - self.delay, turn.phases)
+            if axes := waiting(held, dict(zip(own, self._due(before, len(own)), strict=False))):
+                self._turn(held, counts, axes, taken_up(held, before.step, axes, self._finding(held, axes, like)), like)
+                clear(held, axes)
+        places, fresh, _ = with_fresh(self._due(turn, len(own)), counts)
         if fresh:
             self._first(held, counts, fresh, like)
-        turning = [(axis, some) for axis, found in zip(axes, places, strict=False) for some in _together(found, like)]
-        if turning:
-            self._next(held, counts, turning, like)
+        axes = {axis: some for axis, some in zip(own, places, strict=False) if some}
+        if not axes:
+            return
+        find = self._finding(held, axes, like)
+        factors = [at(held[f"factor_{axis}"], some).to(like.dtype, copy=self.delay > 0) for axis, some in axes.items()]
+        if self.delay:
+            put_off(held, turn.step, axes, factors, functools.partial(find, factors))
+        else:
+            self._turn(held, counts, axes, find(factors), like)
+
+    def _finding(self, held: Held, axes: Axes, like: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], _Found]:
+        """What finds the next bases from statistics: the last ones do not change before those are taken over."""
+        return functools.partial(_next, [at(held[f"basis_{axis}"], some) for axis, some in axes.items()])
 
     def _first(self, held: Held, counts: Counts, places: list[int], like: torch.Tensor) -> None:
         """Find the first bases along all axes. The averages of these matrices are zeros."""
@@ -144,31 +166,30 @@ class AdamInEigenbasis(Kronecker):
             replace(held[f"basis_{axis}"], places, basis, good)
         counts.refreshed(places, good, seen)
 
-    def _next(self, held: Held, counts: Counts, turning: Sequence[tuple[int, list[int]]], like: torch.Tensor) -> None:
+    def _turn(self, held: Held, counts: Counts, axes: Axes, found: _Found, like: torch.Tensor) -> None:
         """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
-        orders, given = [], []
-        for axis, places in turning:
-            last = _columns(at(held[f"basis_{axis}"], places).to(like.dtype))
-            product = torch.bmm(last, at(held[f"factor_{axis}"], places).to(like.dtype))  # symmetric: also columns
-            orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
-            given.append(_ordered(product, orders[-1], 0).mT)
-        found = orthonormal(given)
         good = torch.ones(len(like), dtype=torch.bool, device=like.device)
-        for (_, places), (_, fine) in zip(turning, found, strict=True):
+        for places, (_, (_, fine)) in zip(axes.values(), found, strict=True):
             good[places] &= fine
-        for (axis, places), order, (basis, _) in zip(turning, orders, found, strict=True):
+        for (axis, places), (order, (basis, _)) in zip(axes.items(), found, strict=True):
             last, which = at(held[f"basis_{axis}"], places).to(like.dtype), good[places]
-            turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
+            turned = along(along(at(held["exp_avg"], places), last.mT, axis), basis.mT, axis)
             replace(held["exp_avg"], places, turned, which)
             replace(held["exp_avg_sq"], places, _ordered(at(held["exp_avg_sq"], places), order, axis), which)
             replace(held[f"basis_{axis}"], places, basis, which)
-        every = sorted({place for _, places in turning for place in places})
+        every = sorted({place for places in axes.values() for place in places})
         counts.refreshed(every, good[every], torch.ones_like(good[every]))
 
 
-def _together(places: list[int], like: torch.Tensor) -> list[list[int]]:
-    """Places to be worked on together: on CPUs each by itself, so that nothing is copied to make a stack."""
-    return [[place] for place in places] if like.device.type == "cpu" else [places] if places else []
+def _next(bases: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> _Found:
+    """One step of orthogonal iteration from each basis, in the order of its eigenvalues."""
+    orders, given = [], []
+    for basis, factor in zip(bases, factors, strict=True):
+        last = _columns(basis.to(factor.dtype))
+        product = torch.bmm(last, factor)  # which is symmetric: also columns
+        orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
+        given.append(_ordered(product, orders[-1], 0).mT)
+    return list(zip(orders, orthonormal(given), strict=True))
 
 
 def _columns(stacked: torch.Tensor) -> torch.Tensor:

@@ -41,11 +41,15 @@ class Held:
     Args:
         shapes: of the state of one matrix, by name.
         memory: for each name one flat tensor for each matrix, where it is kept.
+
+    Attributes:
+        begun: by step, what threads are at work on; what is lost with this is found again.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
         self._shapes, self._memory = shapes, memory
         self._stacked: dict[str, torch.Tensor] = {}
+        self.begun: dict[int, object] = {}
         self._copied = {name for name, parts in memory.items() if not _adjacent(parts)}
 
     @property
