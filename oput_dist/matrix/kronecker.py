@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
@@ -26,6 +27,7 @@ __all__ = [
     "keep_statistics",
     "masked",
     "products",
+    "readable",
     "replace",
     "where",
     "with_fresh",
@@ -83,11 +85,14 @@ class Kronecker(Work):
         """Find anew what is due, of matrices of the shape and dtype of ``like``, also of those that do not count."""
 
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        counts = _of_gradients(stacked)
+        if _all_gradients(stacked):
+            return self.update(stacked, held, turn, None)
+        largest = stacked.flatten(1).abs().amax(1)  # NaN, if any element is
+        counts = (largest > 0) & torch.isfinite(largest)
         if (counting := masked(counts)) is None:
             return self.update(stacked, held, turn, None)
         zeros = torch.zeros_like(stacked)
-        if stacked.device.type not in READABLE:
+        if not readable(stacked):
             given = torch.where(broadcast(counts, stacked), stacked, zeros)
             return torch.where(broadcast(counts, stacked), self.update(given, held, turn, counting), zeros)
         for counting_ones in (True, False):
@@ -103,23 +108,28 @@ class Kronecker(Work):
         return zeros
 
 
-def _of_gradients(stacked: torch.Tensor) -> torch.Tensor:
-    """Which matrices are neither zero everywhere nor infinite nor NaN anywhere, ``[n]`` bool."""
-    if stacked.device.type in READABLE:
-        norm = torch.linalg.vector_norm(stacked.flatten(1), dim=1)  # one pass, but too large or small a number for some
-        if bool(((norm > 0) & torch.isfinite(norm)).all()):
-            return torch.ones_like(norm, dtype=torch.bool)
-    largest = stacked.flatten(1).abs().amax(1)  # NaN, if any element is
-    return (largest > 0) & torch.isfinite(largest)
+def _all_gradients(stacked: torch.Tensor) -> bool:
+    """Whether it is known, after one pass, that no matrix is zero everywhere, nor infinite or NaN anywhere.
+
+    The squares of some are too large or too small for it, and nothing is looked at on GPUs.
+    """
+    if not readable(stacked):
+        return False
+    return all(0 < norm < math.inf for norm in torch.linalg.vector_norm(stacked.flatten(1), dim=1).tolist())
 
 
 Mask = torch.Tensor | None
 """``[n]`` bool; None where all are true."""
 
 
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at."""
+    return tensor.device.type in READABLE
+
+
 def masked(which: torch.Tensor) -> Mask:
     """None if all are true; on GPUs, where that is not looked at, the mask."""
-    return None if which.device.type in READABLE and bool(which.all()) else which
+    return None if readable(which) and bool(which.all()) else which
 
 
 def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:

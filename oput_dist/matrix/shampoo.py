@@ -24,6 +24,7 @@ from .kronecker import (
     keep_statistics,
     masked,
     products,
+    readable,
     replace,
     where,
     with_fresh,
@@ -39,12 +40,16 @@ _ROOT_COST = 25.0
 
 
 class _Scales(NamedTuple):
-    """What biased averages are multiplied by, ``[n]``, float64."""
+    """What depends on the steps that counted, ``[n]``, float64."""
 
     filtered: torch.Tensor
-    """The average of gradients, where there is one."""
-    squares: torch.Tensor
-    """What was divided by the root of the average of squares."""
+    """What the average of gradients is multiplied by, where there is one."""
+    size: torch.Tensor
+    """What the step of the grafted optimizer is multiplied by: also for the average of squares."""
+    eps: torch.Tensor
+    """What is added to the root of the average of squares."""
+    least: torch.Tensor
+    """What is added to the norm that is divided by."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Precondition(Kronecker):
 
     def load(self, shape: Sequence[int], turn: Turn) -> float:
         now = self._due(turn, len(shape))
-        roots = sum(len(places) * float(d) ** 3 for d, places in zip(shape, now, strict=True))
+        roots = 0.0 if self.delay else sum(len(places) * float(d) ** 3 for d, places in zip(shape, now, strict=True))
         return 2 * products(shape) * len(turn.phases) + _ROOT_COST * roots
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
@@ -101,22 +106,28 @@ class Precondition(Kronecker):
         return gradient
 
     def _scales(self, counts: Counts) -> _Scales:
+        if readable(counts.steps):
+            return _known_scales(self, tuple(counts.steps.tolist()))
+        return self.scales(counts.steps.double())
+
+    def scales(self, steps: torch.Tensor) -> _Scales:
+        """After so many steps of each matrix."""
         beta = self.graft_beta if self.graft == "adam" else 1.0
         beta1, beta3 = self.betas[0], self.beta3 if self.betas[0] else 0.0
-        filtered = 1 / (1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0))
-        return _Scales(filtered, _correction(beta, counts).sqrt())
+        filtered = 1 / (1 - beta3 * beta1 ** (steps - 1).clamp(min=0))
+        squares = _correction(beta, steps).sqrt()
+        return _Scales(filtered, filtered * squares, self.graft_eps * squares, 1e-16 / filtered)
 
     def _step(self, gradient: torch.Tensor, held: Held, scales: _Scales, counting: Mask, ready: Mask) -> None:
         """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
         scratch = torch.empty_like(gradient)
         filtered = self._filtered(gradient, held, counting, scratch)
         direction = self._graft(gradient, filtered, held, scales, counting, scratch)
-        size = scales.filtered * scales.squares
-        wanted = None if self.graft is None else size * _norm(direction)
+        wanted = None if self.graft is None else scales.size * _norm(direction)
         if ready is not None:
-            direction = direction * broadcast(size, direction)
+            direction = direction * broadcast(scales.size, direction)
         update = self._preconditioned(filtered, held, gradient, scratch)
-        factor = scales.filtered if wanted is None else wanted / (_norm(update) + 1e-16 / scales.filtered)
+        factor = scales.filtered if wanted is None else wanted / (_norm(update) + scales.least)
         torch.mul(update, broadcast(factor, update), out=gradient)
         if ready is not None:
             gradient.copy_(where(ready, gradient, direction))
@@ -155,7 +166,7 @@ class Precondition(Kronecker):
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
         average(held["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
         root = torch.sqrt(held["graft_sq"], out=scratch)
-        root += broadcast(self.graft_eps * scales.squares, root)
+        root += broadcast(scales.eps, root)
         return torch.div(filtered, root, out=root)
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
@@ -184,7 +195,7 @@ class Precondition(Kronecker):
         self, held: Held, counts: Counts, axes: Mapping[int, list[int]], like: torch.Tensor
     ) -> list[torch.Tensor]:
         """Of each axis those at some places, unbiased."""
-        correction = _correction(self.betas[1], counts)
+        correction = _correction(self.betas[1], counts.steps.double())
         factors = [(places, at(held[f"factor_{axis}"], places).to(like.dtype)) for axis, places in axes.items()]
         return [factor / broadcast(correction[places], factor) for places, factor in factors]
 
@@ -212,7 +223,12 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _correction(beta: float, counts: Counts) -> torch.Tensor:
-    """What a moving average of so many values is divided by, float64; 1 for sums, and before the first value."""
-    steps = counts.steps.double()
+@functools.lru_cache(64)
+def _known_scales(work: Precondition, steps: tuple[float, ...]) -> _Scales:
+    """Most matrices have counted the same steps, and to make these takes as long as a pass over one."""
+    return work.scales(torch.tensor(steps, dtype=torch.float64, device="cpu"))
+
+
+def _correction(beta: float, steps: torch.Tensor) -> torch.Tensor:
+    """What a moving average of so many values is divided by; 1 for sums, and before the first value."""
     return torch.ones_like(steps) if beta == 1 else torch.where(steps > 0, 1 - beta**steps, 1.0)

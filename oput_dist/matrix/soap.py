@@ -66,7 +66,11 @@ class AdamInEigenbasis(Kronecker):
     def load(self, shape: Sequence[int], turn: Turn) -> float:
         axes = self._axes(shape)
         now = self._due(turn, len(axes))
-        turning = sum(len(places) * float(shape[axis]) ** 3 for axis, places in zip(axes, now, strict=False))
+        turning = (
+            0.0
+            if self.delay
+            else sum(len(places) * float(shape[axis]) ** 3 for axis, places in zip(axes, now, strict=False))
+        )
         return 4 * products(shape) * len(turn.phases) + _BASIS_COST * turning
 
     def _due(self, turn: Turn, axes: int) -> list[list[int]]:
@@ -173,7 +177,7 @@ class AdamInEigenbasis(Kronecker):
             good[places] &= fine
         for (axis, places), (order, (basis, _)) in zip(axes.items(), found, strict=True):
             last, which = at(held[f"basis_{axis}"], places).to(like.dtype), good[places]
-            turned = along(along(at(held["exp_avg"], places), last.mT, axis), basis.mT, axis)
+            turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
             replace(held["exp_avg"], places, turned, which)
             replace(held["exp_avg_sq"], places, _ordered(at(held["exp_avg_sq"], places), order, axis), which)
             replace(held[f"basis_{axis}"], places, basis, which)
