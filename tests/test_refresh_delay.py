@@ -89,6 +89,20 @@ def test_a_run_goes_on_while_something_is_put_off(make: Any, stop: int) -> None:
     assert apart(train(copied, theirs, stop, stop + 6), wanted) < 1e-13
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_a_state_dict_from_before_there_was_a_delay(make: Any) -> None:
+    params = parameters()
+    optimizer = make(params, **{**OPTIONS, "refresh_delay": 0})
+    train(optimizer, params, 0, 6)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["refresh_delay"]
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = make(others, **OPTIONS)
+    other.load_state_dict(saved)
+    optimizer.param_groups[0]["refresh_delay"] = OPTIONS["refresh_delay"]  # from now on
+    assert apart(train(other, others, 6, 15), train(optimizer, params, 6, 15)) < 1e-13
+
+
 def sharded(make: Any, stop: int) -> list[Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)) for p in parameters()]

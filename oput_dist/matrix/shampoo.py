@@ -89,7 +89,7 @@ class Precondition(Kronecker):
         shape, stored = tuple(shape), self.factor_dtype or dtype
         found = {f"{name}_{i}": Kept((d, d), stored) for name in ("factor", "root") for i, d in enumerate(shape)}
         if self.delay:
-            found |= {f"{WAITING}_{i}": Kept((d, d), dtype) for i, d in enumerate(shape)}
+            found |= {f"{WAITING}_{i}": Kept((d, d), dtype, optional=True) for i, d in enumerate(shape)}
         if self.betas[0]:
             found["exp_avg"] = Kept(shape, dtype)
         if self.graft not in (None, "sgd"):

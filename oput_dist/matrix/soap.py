@@ -85,7 +85,7 @@ class AdamInEigenbasis(Kronecker):
         axes = self._axes(shape)
         factors = {f"{name}_{i}": Kept((shape[i],) * 2, stored) for name in ("factor", "basis") for i in axes}
         if self.delay:
-            factors |= {f"{WAITING}_{i}": Kept((shape[i],) * 2, dtype) for i in axes}
+            factors |= {f"{WAITING}_{i}": Kept((shape[i],) * 2, dtype, optional=True) for i in axes}
         return {
             **factors,
             "exp_avg": Kept(shape, dtype),

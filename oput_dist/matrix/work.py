@@ -19,6 +19,8 @@ class Kept:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    optional: bool = False
+    """Whether a checkpoint may lack it: then it is zeros."""
 
 
 @dataclass(frozen=True)
