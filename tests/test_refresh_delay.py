@@ -103,6 +103,18 @@ def test_a_state_dict_from_before_there_was_a_delay(make: Any) -> None:
     assert apart(train(other, others, 6, 15), train(optimizer, params, 6, 15)) < 1e-13
 
 
+@pytest.mark.parametrize("make", BOTH)
+def test_a_delay_that_was_switched_off(make: Any) -> None:
+    params = parameters()
+    optimizer = make(params, **OPTIONS)
+    train(optimizer, params, 0, 6)
+    optimizer.param_groups[0]["refresh_delay"] = 0
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = make(others, **OPTIONS)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert apart(train(other, others, 6, 12), train(optimizer, params, 6, 12)) < 1e-13
+
+
 def sharded(make: Any, stop: int) -> list[Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)], src_data_rank=None)) for p in parameters()]

@@ -128,9 +128,11 @@ class Precondition(Kronecker):
             direction = direction * broadcast(scales.size, direction)
         update = self._preconditioned(filtered, held, gradient, scratch)
         factor = scales.filtered if wanted is None else wanted / (_norm(update) + scales.least)
-        torch.mul(update, broadcast(factor, update), out=gradient)
+        update *= broadcast(factor, update)
         if ready is not None:
-            gradient.copy_(where(ready, gradient, direction))
+            update = where(ready, update, direction)
+        if update.data_ptr() != gradient.data_ptr():
+            gradient.copy_(update)
 
     def _preconditioned(
         self, filtered: torch.Tensor, held: Held, gradient: torch.Tensor, scratch: torch.Tensor
