@@ -27,6 +27,7 @@ from .timing import median_ratio
 
 EVERY = 10
 BLOCK = 256
+DELAY = 2  # of what is found beside the training, which here is nothing but more steps
 PERIODS = 2  # in a turn: so every turn has as many roots as any other
 Make = Callable[[Sequence[torch.Tensor]], Any]
 
@@ -70,6 +71,9 @@ class InFp32:
 CONTENDERS: dict[str, dict[str, Make]] = {
     "shampoo": {
         "oput": lambda p: oput.Shampoo(p, lr=1e-3, block_size=BLOCK, precondition_frequency=EVERY),
+        "oput, delayed": lambda p: oput.Shampoo(
+            p, lr=1e-3, block_size=BLOCK, precondition_frequency=EVERY, refresh_delay=DELAY
+        ),
         "facebookresearch": facebooks,
         "pytorch_optimizer": of("pytorch_optimizer", "Shampoo", preconditioning_compute_steps=EVERY),
         "pytorch_optimizer, blocks": of(
@@ -82,6 +86,7 @@ CONTENDERS: dict[str, dict[str, Make]] = {
     },
     "soap": {
         "oput": lambda p: oput.SOAP(p, lr=1e-3, precondition_frequency=EVERY),
+        "oput, delayed": lambda p: oput.SOAP(p, lr=1e-3, precondition_frequency=EVERY, refresh_delay=DELAY),
         "pytorch_optimizer": of("pytorch_optimizer", "SOAP", precondition_frequency=EVERY),
         "heavyball": of("heavyball", "ForeachSOAP", precondition_frequency=EVERY),
     },

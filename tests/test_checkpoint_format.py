@@ -26,6 +26,8 @@ from tests.checkpoints import ALL, CASES, HALF, START, UPDATE, load_dcp, parts, 
 from tests.pool import Pool
 
 BY_DCP = ["adafactor"]  # every value of a group takes a kilobyte there
+ADDED = {"refresh_delay": 0}
+"""Options that came after this format was kept, with what they are where a state dict lacks them."""
 KEPT = Path(__file__).parent / "fixtures" / "format1"
 
 
@@ -101,7 +103,19 @@ def test_this_release_writes_the_format_that_is_kept(pool: Pool) -> None:
         assert form(old["state"]) == form(new["state"]), case
         assert old.keys() == new.keys(), case
         for group, other in zip(old["param_groups"], new["param_groups"], strict=True):
-            assert form(group) == form(other), case
+            later = {key: value for key, value in other.items() if key in ADDED and key not in group}
+            assert form(group) | form(later) == form(other), case
+            assert all(value == ADDED[key] for key, value in later.items()), case
+
+
+@pytest.mark.parametrize("make", [oput.Shampoo, oput.SOAP])
+def test_options_that_came_later_have_their_default_where_a_state_dict_lacks_them(make: Any) -> None:
+    saved = make([nn.Parameter(torch.ones(2, 2))]).state_dict()
+    for key in ADDED:
+        del saved["param_groups"][0][key]
+    optimizer = make([nn.Parameter(torch.ones(2, 2))], precondition_frequency=5)
+    optimizer.load_state_dict(saved)
+    assert {key: optimizer.param_groups[0][key] for key in ADDED} == ADDED
 
 
 def test_every_group_has_the_version() -> None:

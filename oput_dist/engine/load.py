@@ -254,10 +254,11 @@ def _once_kept(optimizer: Any, group: Group, slot: Slot) -> set[str]:
     """State that this optimizer keeps with other options, which may have been switched off since it was saved."""
     names = {COMPENSATION}
     for key, check in optimizer.ranges().items():
-        for value in (True, False, None, 0.5):
+        for value in (True, False, None, 0.5, 1):
             if key in group and check(value) is None:
                 recipe = optimizer.recipe({**group, key: value}, slot.layout.shape)
                 names.update(recipe.state, (name for name, _ in recipe.vectors))
+                names.update(slot.key(name) for name in kept_by(recipe.whole, slot))
     return names
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from oput_dist.collectives import Matrix, Owners, Ranks
 from oput_dist.collectives.balance import assigned
 from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import LayoutError, within
+from oput_dist.matrix.cores import PART, shared_out
 from oput_dist.matrix.work import Held, Turn, Work
 
 from .owned import Owned, allocate, kept_by, kept_bytes
@@ -52,6 +55,7 @@ class _Family:
     def __init__(self, slots: Sequence[Slot], blocks: Sequence[_Block], owners: Owners, ranks: Ranks | None) -> None:
         self.slots, self.blocks, self._owners = slots, blocks, owners
         self.owned: dict[int, Owned] = {}
+        self._on_cpu = slots[0].device.type == "cpu"
         self._together: set[int] = set()
         self._stacks: dict[tuple[int, ...], _Stacked] = {}
         self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
@@ -69,10 +73,14 @@ class _Family:
         """See :meth:`Matrices.run`."""
 
         def work(wholes: Wholes) -> Wholes:
+            groups = [numbers for alike in self._alike(wholes) for numbers in self._parts(alike)]
+            every = [self._job(numbers, wholes, state, steps) for numbers in groups]
+            jobs = [job for job, _ in every]
+            made = shared_out(jobs, [cost for _, cost in every]) if self._on_cpu else [job() for job in jobs]
             return {
-                i: result
-                for alike in self._alike(wholes)
-                for i, result in self._worked_on(alike, wholes, state, steps).items()
+                i: whole
+                for numbers, results in zip(groups, made, strict=True)
+                for i, whole in zip(numbers, results, strict=True)
             }
 
         self.create([slot for slot in self.slots if slot.index in memory], state)
@@ -99,14 +107,21 @@ class _Family:
             alike.setdefault((block.shape, block.work, block.slot.group), []).append(i)
         return list(alike.values())
 
-    def _worked_on(self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]) -> Wholes:
+    def _parts(self, alike: Sequence[int]) -> list[Sequence[int]]:
+        """What is worked on at a time: as much as a core's cache takes, or all on GPUs, where each launch costs."""
+        if not self._on_cpu:
+            return [alike]
+        size = max(1, PART // prod(self.blocks[alike[0]].shape))
+        return [alike[at : at + size] for at in range(0, len(alike), size)]
+
+    def _job(
+        self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]
+    ) -> tuple[Callable[[], Sequence[torch.Tensor]], float]:
+        """What makes the results of some matrices that are worked on together, and its cost."""
         block = self.blocks[numbers[0]]
-        held = self._held(tuple(numbers), state)
-        parts = [wholes.pop(i) for i in numbers]
-        stacked = parts[0].contiguous().unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
-        made = block.work(stacked, held, Turn(steps[block.slot.group], tuple(self.blocks[i].phases for i in numbers)))
-        held.finish()
-        return dict(zip(numbers, made.unbind(), strict=True))
+        turn = Turn(steps[block.slot.group], tuple(self.blocks[i].phases for i in numbers))
+        job = partial(_worked_on, block.work, [wholes.pop(i) for i in numbers], self._held(tuple(numbers), state), turn)
+        return job, block.work.load(block.shape, turn)
 
     def _held(self, numbers: tuple[int, ...], state: State) -> Held:
         """The state of some blocks that are worked on together: that of the last step, if it is where it was."""
@@ -128,6 +143,15 @@ class _Family:
         if held.in_place:
             self._stacks[numbers] = _Stacked(memory, held)
         return held
+
+
+def _worked_on(work: Work, wholes: list[torch.Tensor], held: Held, turn: Turn) -> Sequence[torch.Tensor]:
+    """What is made of some matrices."""
+    stacked = wholes[0].contiguous().unsqueeze(0) if len(wholes) == 1 else torch.stack(wholes)
+    wholes.clear()
+    made = work(stacked, held, turn)
+    held.finish()
+    return made.unbind()
 
 
 @dataclass(frozen=True, eq=False)

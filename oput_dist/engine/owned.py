@@ -34,6 +34,7 @@ class _State:
     dtype: torch.dtype
     ranges: tuple[Range, ...]
     length: int
+    optional: bool
 
 
 def kept_by(work: Work | None, slot: Slot) -> dict[str, _State]:
@@ -53,7 +54,7 @@ def _state(each: Sequence[tuple[int, Kept]]) -> _State:
     for block, kept in each:
         ranges.append(Range(block, at, prod(kept.shape)))
         at += prod(kept.shape)
-    return _State(each[0][1].dtype, tuple(ranges), at)
+    return _State(each[0][1].dtype, tuple(ranges), at, each[0][1].optional)
 
 
 def kept_bytes(work: Work, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -155,7 +156,7 @@ class Owned:
     def check(self, value: torch.Tensor | None, name: str) -> None:
         """Raise ValueError if this rank owns blocks, and a loaded value is not of all blocks nor of those."""
         length, size = self._all[name].length, sum(one.length for one in self._own[name])
-        if value is None and size:
+        if value is None and size and not self._all[name].optional:
             raise ValueError(f"the state of {self._slot.name} lacks {name!r}, of blocks that this rank owns")
         if value is not None and value.numel() not in (length, size):
             raise ValueError(

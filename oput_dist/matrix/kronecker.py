@@ -1,12 +1,9 @@
-"""What optimizers with one matrix for each axis share: statistics, products along axes, blocks, counts.
-
-Sums and products of elements are separate operations: fused ones round the last elements of a tensor otherwise than the
-first, so that a stack of another size, as on another number of ranks, would give other bits.
-"""
+"""What optimizers with one matrix for each axis share: statistics, products along axes, blocks, counts."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
@@ -29,16 +26,13 @@ __all__ = [
     "due",
     "keep_statistics",
     "masked",
-    "parts",
     "products",
+    "readable",
     "replace",
     "where",
     "with_fresh",
 ]
 
-PART = 2**16
-"""Elements for each thread that CPUs work on at a time, so that what is read and written over and over stays in their
-caches: a step of Shampoo goes over its matrices some twenty times."""
 READABLE = {"cpu"}
 """Devices whose values are looked at in a step. No step waits for a GPU: there everything is worked on, under masks."""
 COUNTS = "matrix_counts"
@@ -91,13 +85,14 @@ class Kronecker(Work):
         """Find anew what is due, of matrices of the shape and dtype of ``like``, also of those that do not count."""
 
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:
-        each = [stacked[part].flatten(1).abs().amax(1) for part in parts(stacked)]  # NaN, if any element is
-        largest = each[0] if len(each) == 1 else torch.cat(each)
+        if _all_gradients(stacked):
+            return self.update(stacked, held, turn, None)
+        largest = stacked.flatten(1).abs().amax(1)  # NaN, if any element is
         counts = (largest > 0) & torch.isfinite(largest)
         if (counting := masked(counts)) is None:
             return self.update(stacked, held, turn, None)
         zeros = torch.zeros_like(stacked)
-        if stacked.device.type not in READABLE:
+        if not readable(stacked):
             given = torch.where(broadcast(counts, stacked), stacked, zeros)
             return torch.where(broadcast(counts, stacked), self.update(given, held, turn, counting), zeros)
         for counting_ones in (True, False):
@@ -113,21 +108,28 @@ class Kronecker(Work):
         return zeros
 
 
+def _all_gradients(stacked: torch.Tensor) -> bool:
+    """Whether it is known, after one pass, that no matrix is zero everywhere, nor infinite or NaN anywhere.
+
+    The squares of some are too large or too small for it, and nothing is looked at on GPUs.
+    """
+    if not readable(stacked):
+        return False
+    return all(0 < norm < math.inf for norm in torch.linalg.vector_norm(stacked.flatten(1), dim=1).tolist())
+
+
 Mask = torch.Tensor | None
 """``[n]`` bool; None where all are true."""
 
 
-def parts(stacked: torch.Tensor) -> list[slice]:
-    """Matrices of a stack to be worked on one part after the other; on GPUs, where each launch costs, all at once."""
-    size = len(stacked)
-    if stacked.device.type == "cpu":
-        size = max(1, PART * torch.get_num_threads() // max(1, prod(stacked.shape[1:])))
-    return [slice(at, at + size) for at in range(0, len(stacked), max(1, size))]
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at."""
+    return tensor.device.type in READABLE
 
 
 def masked(which: torch.Tensor) -> Mask:
     """None if all are true; on GPUs, where that is not looked at, the mask."""
-    return None if which.device.type in READABLE and bool(which.all()) else which
+    return None if readable(which) and bool(which.all()) else which
 
 
 def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
@@ -144,12 +146,12 @@ def where(which: Mask, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 def average(old: torch.Tensor, new: torch.Tensor, decay: float, counting: Mask, scratch: torch.Tensor) -> None:
     """Make ``old`` be ``decay old + (1 - decay) new``, or the sum of both if ``decay`` is 1, where a matrix counts.
 
-    ``scratch``, of their shape, is written to; it may be ``new`` itself.
+    ``scratch``, of their shape, may be written to; it may be ``new`` itself. ``new`` must be finite.
     """
     if decay != 1:
-        old *= decay if counting is None else broadcast(_faded(decay, counting), old)
-        new = torch.mul(new, 1.0 - decay, out=scratch)
-    old += new if counting is None else torch.mul(new, broadcast(counting.to(old.dtype), old), out=scratch)
+        old.lerp_(new, 1.0 - decay if counting is None else broadcast((1.0 - decay) * counting.double(), old))
+    else:
+        old += new if counting is None else torch.mul(new, broadcast(counting.to(old.dtype), old), out=scratch)
 
 
 def _faded(decay: float, counting: torch.Tensor) -> torch.Tensor:
@@ -182,13 +184,18 @@ def keep_statistics(kept: torch.Tensor, gradient: torch.Tensor, axis: int, decay
         kept.copy_(factor)
 
 
-def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int) -> torch.Tensor:
-    """Each of ``[n, *shape]`` with each of ``[n, e, d]`` multiplied onto an axis of size ``d``; dense."""
+def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Each of ``[n, *shape]`` with each of ``[n, e, d]`` multiplied onto an axis of size ``d``; dense.
+
+    ``out``, dense and of the result's shape, may be written to.
+    """
     n, size, shape = len(stacked), matrices.shape[1], list(stacked.shape[1:])
     if axis == len(shape) - 1:
-        return torch.bmm(stacked.flatten(1, -2), matrices.mT).view(n, *shape[:-1], size)
+        place = None if out is None else out.view(n, -1, size)
+        return torch.bmm(stacked.flatten(1, -2), matrices.mT, out=place).view(n, *shape[:-1], size)
     moved = stacked.movedim(axis + 1, 1)
-    made = torch.bmm(matrices, moved.flatten(2)).view(n, size, *moved.shape[2:])
+    place = None if out is None or axis else out.view(n, size, -1)
+    made = torch.bmm(matrices, moved.flatten(2), out=place).view(n, size, *moved.shape[2:])
     return made if axis == 0 else made.movedim(1, axis + 1).contiguous()
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-__all__ = ["METHODS", "eigenvectors", "inverse_roots", "orthonormal"]
+from .cores import shared_out
+
+__all__ = ["METHODS", "Checked", "eigenvectors", "inverse_roots", "orthonormal"]
 
 _NEWTON_STEPS = 40
 _SCHULZ_STEPS = 40
 _ALIASED, _APART = 1024, 8
 """Columns of so many elements fall on the same lines of a CPU's caches, and a decomposition takes an eighth longer; so
 many zeros more at the end of each, which stay zeros, tell them apart."""
-_LARGE = 1.5
-"""A matrix of so many times a thread's even share of the work has all threads."""
 
 
 def by_eigenvalues(stacked: torch.Tensor, root: float, ridge: float = 0.0) -> torch.Tensor:
@@ -160,28 +159,13 @@ def _mended(
 
 
 def _shared_out(function: Function, stacks: Stacks) -> list[torch.Tensor]:
-    """``function`` of some stacks; NaN where it fails. On CPUs each matrix is on a core of its own, the largest first.
-
-    LAPACK makes little of several threads, and where other processes want the cores too, they wait for each other:
-    seconds for what takes milliseconds. A matrix that is most of the work has all threads.
-    """
+    """``function`` of some stacks; NaN where it fails. On CPUs each matrix is on a core of its own."""
     attempt = functools.partial(_attempted, function)
     if stacks[0].device.type != "cpu":
         return [attempt(stack) for stack in stacks]
     singles = [stack[i : i + 1] for stack in stacks for i in range(len(stack))]
-    order = sorted(range(len(singles)), key=lambda i: -singles[i].shape[-1])
-    costs = [one.shape[-1] ** 3 for one in singles]
-    threads = torch.get_num_threads()
-    if threads == 1 or len(singles) < threads or max(costs) > sum(costs) / threads * _LARGE:
-        found = [attempt(singles[i]) for i in order]
-    else:
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(attempt, [singles[i] for i in order]))
-        finally:
-            torch.set_num_threads(threads)
-    in_order = iter([one for _, one in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])])
+    jobs = [functools.partial(attempt, one) for one in singles]
+    in_order = iter(shared_out(jobs, [float(one.shape[-1]) ** 3 for one in singles]))
     return [_joined([next(in_order) for _ in stack]) for stack in stacks]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from .delayed import WAITING, clear, put_off, taken_up, waiting
 from .kronecker import (
     COUNTS,
     Counts,
@@ -21,13 +23,13 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
-    parts,
     products,
+    readable,
     replace,
     where,
     with_fresh,
 )
-from .roots import inverse_roots
+from .roots import Checked, inverse_roots
 from .work import Held, Kept, Turn
 
 __all__ = ["GRAFTS", "Precondition"]
@@ -38,12 +40,16 @@ _ROOT_COST = 25.0
 
 
 class _Scales(NamedTuple):
-    """What biased averages are multiplied by, ``[n]``, float64."""
+    """What depends on the steps that counted, ``[n]``, float64."""
 
     filtered: torch.Tensor
-    """The average of gradients, where there is one."""
-    squares: torch.Tensor
-    """What was divided by the root of the average of squares."""
+    """What the average of gradients is multiplied by, where there is one."""
+    size: torch.Tensor
+    """What the step of the grafted optimizer is multiplied by: also for the average of squares."""
+    eps: torch.Tensor
+    """What is added to the root of the average of squares."""
+    least: torch.Tensor
+    """What is added to the norm that is divided by."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Precondition(Kronecker):
     eps: float
     frequency: int
     start: int
+    delay: int
     staggered: bool
     block_size: int | None
     exponents: tuple[float, ...] | None
@@ -73,9 +80,16 @@ class Precondition(Kronecker):
     def recurring(self, shape: Sequence[int]) -> tuple[int, tuple[float, ...]]:
         return (self.frequency, tuple(float(d**3) for d in shape)) if self.staggered else (1, ())
 
+    def load(self, shape: Sequence[int], turn: Turn) -> float:
+        now = self._due(turn, len(shape))
+        roots = 0.0 if self.delay else sum(len(places) * float(d) ** 3 for d, places in zip(shape, now, strict=True))
+        return 2 * products(shape) * len(turn.phases) + _ROOT_COST * roots
+
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         found = {f"{name}_{i}": Kept((d, d), stored) for name in ("factor", "root") for i, d in enumerate(shape)}
+        if self.delay:
+            found |= {f"{WAITING}_{i}": Kept((d, d), dtype, optional=True) for i, d in enumerate(shape)}
         if self.betas[0]:
             found["exp_avg"] = Kept(shape, dtype)
         if self.graft not in (None, "sgd"):
@@ -85,65 +99,65 @@ class Precondition(Kronecker):
     def update(self, gradient: torch.Tensor, held: Held, turn: Turn, counting: Mask) -> torch.Tensor:
         counts = Counts(held[COUNTS])
         counts.steps += 1 if counting is None else counting
-        every = [(part, held.part(part), None if counting is None else counting[part]) for part in parts(gradient)]
-        for part, own, which in every:
-            for axis in range(gradient.dim() - 1):
-                keep_statistics(own[f"factor_{axis}"], gradient[part], axis, self.betas[1], which)
+        for axis in range(gradient.dim() - 1):
+            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.betas[1], counting)
         self.refresh(held, counts, turn, gradient)
-        scratch, scales = torch.empty_like(gradient[every[0][0]]), self._scales(counts)
-        ready = masked(counts.refreshes > 0)
-        for part, own, which in every:
-            some = gradient[part]
-            fine = None if ready is None else ready[part]
-            self._step(some, own, _Scales(*(each[part] for each in scales)), which, fine, scratch[: len(some)])
+        self._step(gradient, held, self._scales(counts), counting, masked(counts.refreshes > 0))
         return gradient
 
     def _scales(self, counts: Counts) -> _Scales:
+        if readable(counts.steps):
+            return _known_scales(self, tuple(counts.steps.tolist()))
+        return self.scales(counts.steps.double())
+
+    def scales(self, steps: torch.Tensor) -> _Scales:
+        """After so many steps of each matrix."""
         beta = self.graft_beta if self.graft == "adam" else 1.0
         beta1, beta3 = self.betas[0], self.beta3 if self.betas[0] else 0.0
-        filtered = 1 / (1 - beta3 * beta1 ** (counts.steps.double() - 1).clamp(min=0))
-        return _Scales(filtered, _correction(beta, counts).sqrt())
+        filtered = 1 / (1 - beta3 * beta1 ** (steps - 1).clamp(min=0))
+        squares = _correction(beta, steps).sqrt()
+        return _Scales(filtered, filtered * squares, self.graft_eps * squares, 1e-16 / filtered)
 
-    def _step(
-        self,
-        gradient: torch.Tensor,
-        own: Mapping[str, torch.Tensor],
-        scales: _Scales,
-        counting: Mask,
-        ready: Mask,
-        scratch: torch.Tensor,
-    ) -> None:
+    def _step(self, gradient: torch.Tensor, held: Held, scales: _Scales, counting: Mask, ready: Mask) -> None:
         """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
-        filtered = self._filtered(gradient, own, counting, scratch)
-        direction = self._graft(gradient, filtered, own, scales, counting, scratch)
+        scratch = torch.empty_like(gradient)
+        filtered = self._filtered(gradient, held, counting, scratch)
+        direction = self._graft(gradient, filtered, held, scales, counting, scratch)
+        wanted = None if self.graft is None else scales.size * _norm(direction)
+        if ready is not None:
+            direction = direction * broadcast(scales.size, direction)
+        update = self._preconditioned(filtered, held, gradient, scratch)
+        factor = scales.filtered if wanted is None else wanted / (_norm(update) + scales.least)
+        update *= broadcast(factor, update)
+        if ready is not None:
+            update = where(ready, update, direction)
+        if update.data_ptr() != gradient.data_ptr():
+            gradient.copy_(update)
+
+    def _preconditioned(
+        self, filtered: torch.Tensor, held: Held, gradient: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
+        """Every axis multiplied by its root, in the memory of two tensors that have served."""
         update = filtered
         for axis in range(filtered.dim() - 1):
-            update = along(update, own[f"root_{axis}"].to(filtered.dtype), axis)
-        factor, size = scales.filtered, scales.filtered * scales.squares
-        if self.graft is not None:
-            factor = size * _norm(direction) / (_norm(update) + 1e-16 / scales.filtered)
-        if ready is None:
-            torch.mul(update, broadcast(factor, update), out=gradient)
-        else:
-            made = where(ready, update * broadcast(factor, update), direction * broadcast(size, direction))
-            gradient.copy_(made)
+            place = gradient if axis % 2 else scratch  # not where the last product is
+            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis, place)
+        return update
 
-    def _filtered(
-        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], counting: Mask, scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def _filtered(self, gradient: torch.Tensor, held: Held, counting: Mask, scratch: torch.Tensor) -> torch.Tensor:
         """The moving average that is preconditioned, biased."""
         beta1, beta3 = self.betas[0], self.beta3
         if not beta1:
             return gradient
-        other = None if beta3 == beta1 else beta3 * own["exp_avg"] + (1 - beta3) * gradient
-        average(own["exp_avg"], gradient, beta1, counting, scratch)
-        return own["exp_avg"] if other is None else other
+        other = None if beta3 == beta1 else beta3 * held["exp_avg"] + (1 - beta3) * gradient
+        average(held["exp_avg"], gradient, beta1, counting, scratch)
+        return held["exp_avg"] if other is None else other
 
     def _graft(
         self,
         gradient: torch.Tensor,
         filtered: torch.Tensor,
-        own: Mapping[str, torch.Tensor],
+        held: Held,
         scales: _Scales,
         counting: Mask,
         scratch: torch.Tensor,
@@ -152,30 +166,53 @@ class Precondition(Kronecker):
         if self.graft in (None, "sgd"):
             return filtered
         beta = 1.0 if self.graft == "adagrad" else self.graft_beta
-        average(own["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
-        root = torch.sqrt(own["graft_sq"], out=scratch)
-        root += broadcast(self.graft_eps * scales.squares, root)
+        average(held["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
+        root = torch.sqrt(held["graft_sq"], out=scratch)
+        root += broadcast(scales.eps, root)
         return torch.div(filtered, root, out=root)
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
-        """Find roots anew where they are due. One that fails on any axis leaves the matrix with those that it has."""
-        order = like.dim() - 1
-        due_now, fresh, every = with_fresh(due(turn, self.frequency, self.staggered, self.start, order), counts)
+        """Find roots anew where they are due, the first at once. What was put off is taken up before."""
+        order, find = like.dim() - 1, functools.partial(self._roots, like.dim() - 1)
+        if self.delay and turn.step > self.delay:
+            before = turn.step - self.delay
+            now = self._due(Turn(before, turn.phases), order)
+            if axes := waiting(held, dict(enumerate(now))):
+                self._take(held, counts, axes, taken_up(held, before, axes, find))
+                clear(held, axes)
+        later, fresh, every = with_fresh(self._due(turn, order), counts)
         if not every:
             return
-        axes = {axis: sorted([*places, *fresh]) for axis, places in enumerate(due_now) if places or fresh}
-        correction = _correction(self.betas[1], counts)
-        factors = []
-        for axis, places in axes.items():
-            factor = at(held[f"factor_{axis}"], places).to(like.dtype)
-            factors.append(factor / broadcast(correction[places], factor))
-        found = inverse_roots(factors, self._root(order), self.eps, self.root_method)
+        due_now = {axis: sorted([*(() if self.delay else places), *fresh]) for axis, places in enumerate(later)}
+        if axes := {axis: places for axis, places in due_now.items() if places}:
+            self._take(held, counts, axes, find(self._statistics(held, counts, axes, like)))
+        if self.delay and (axes := {axis: places for axis, places in enumerate(later) if places}):
+            given = self._statistics(held, counts, axes, like)
+            put_off(held, turn.step, axes, given, functools.partial(find, given))
+
+    def _due(self, turn: Turn, order: int) -> list[list[int]]:
+        return due(turn, self.frequency, self.staggered, self.start, order)
+
+    def _statistics(
+        self, held: Held, counts: Counts, axes: Mapping[int, list[int]], like: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Of each axis those at some places, unbiased."""
+        correction = _correction(self.betas[1], counts.steps.double())
+        factors = [(places, at(held[f"factor_{axis}"], places).to(like.dtype)) for axis, places in axes.items()]
+        return [factor / broadcast(correction[places], factor) for places, factor in factors]
+
+    def _roots(self, order: int, factors: Sequence[torch.Tensor]) -> Checked:
+        return inverse_roots(factors, self._root(order), self.eps, self.root_method)
+
+    def _take(self, held: Held, counts: Counts, axes: Mapping[int, list[int]], found: Checked) -> None:
+        """Take roots over. One that failed on any axis leaves the matrix with those that it has."""
         tried = counts.steps > 0
         good = tried.clone()
         for places, (_, fine) in zip(axes.values(), found, strict=True):
             good[places] &= fine
         for (axis, places), (roots, _) in zip(axes.items(), found, strict=True):
             replace(held[f"root_{axis}"], places, roots, good[places])
+        every = sorted({place for places in axes.values() for place in places})
         counts.refreshed(every, good[every], tried[every])
 
     def _root(self, order: int) -> float:
@@ -188,7 +225,12 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _correction(beta: float, counts: Counts) -> torch.Tensor:
-    """What a moving average of so many values is divided by, float64; 1 for sums, and before the first value."""
-    steps = counts.steps.double()
+@functools.lru_cache(64)
+def _known_scales(work: Precondition, steps: tuple[float, ...]) -> _Scales:
+    """Most matrices have counted the same steps, and to make these takes as long as a pass over one."""
+    return work.scales(torch.tensor(steps, dtype=torch.float64, device="cpu"))
+
+
+def _correction(beta: float, steps: torch.Tensor) -> torch.Tensor:
+    """What a moving average of so many values is divided by; 1 for sums, and before the first value."""
     return torch.ones_like(steps) if beta == 1 else torch.where(steps > 0, 1 - beta**steps, 1.0)

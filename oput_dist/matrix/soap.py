@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .delayed import WAITING, Axes, clear, put_off, taken_up, waiting
 from .kronecker import (
     COUNTS,
     Counts,
@@ -20,7 +22,6 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
-    parts,
     products,
     replace,
     where,
@@ -31,6 +32,8 @@ from .work import Held, Kept, Turn
 
 __all__ = ["AdamInEigenbasis"]
 
+_Found = list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]
+"""Of some axes the order of the last basis, ``[n, d]``, the next one, and which matrices succeeded."""
 _BASIS_COST = 4.0
 """Operations of a product and a QR decomposition of d x d matrices, over d^3, as slow as the latter is."""
 
@@ -43,6 +46,7 @@ class AdamInEigenbasis(Kronecker):
     factor_beta: float
     eps: float
     frequency: int
+    delay: int
     staggered: bool
     largest: int
     block_size: int | None
@@ -59,10 +63,29 @@ class AdamInEigenbasis(Kronecker):
         costs = tuple(float(shape[axis] ** 3) for axis in self._axes(shape)) or (0.0,)
         return (self.frequency, costs) if self.staggered else (1, ())
 
+    def load(self, shape: Sequence[int], turn: Turn) -> float:
+        axes = self._axes(shape)
+        now = self._due(turn, len(axes))
+        turning = (
+            0.0
+            if self.delay
+            else sum(len(places) * float(shape[axis]) ** 3 for axis, places in zip(axes, now, strict=False))
+        )
+        return 4 * products(shape) * len(turn.phases) + _BASIS_COST * turning
+
+    def _due(self, turn: Turn, axes: int) -> list[list[int]]:
+        """Of each axis the places whose basis is due. Steps are counted from the second, the first that moves."""
+        recurring = max(1, axes)  # without axes a matrix only begins
+        if turn.step == 1:
+            return [list(range(len(turn.phases)))] * recurring
+        return due(Turn(turn.step - 1, turn.phases), self.frequency, self.staggered, 0, recurring)
+
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape, stored = tuple(shape), self.factor_dtype or dtype
         axes = self._axes(shape)
         factors = {f"{name}_{i}": Kept((shape[i],) * 2, stored) for name in ("factor", "basis") for i in axes}
+        if self.delay:
+            factors |= {f"{WAITING}_{i}": Kept((shape[i],) * 2, dtype, optional=True) for i in axes}
         return {
             **factors,
             "exp_avg": Kept(shape, dtype),
@@ -79,56 +102,58 @@ class AdamInEigenbasis(Kronecker):
         based = counts.refreshes > 0  # the first gradient only makes a basis
         moving = masked(based if counting is None else based & counting)
         counts.steps += 1 if moving is None else moving
-        every = parts(gradient)
-        scratch = torch.empty_like(gradient[every[0]])
-        for part in every:
-            some, own = gradient[part], held.part(part)
-            for axis in self._axes(gradient.shape[1:]):
-                which = None if counting is None else counting[part]
-                keep_statistics(own[f"factor_{axis}"], some, axis, self.factor_beta, which)
-            which = None if moving is None else moving[part]
-            update = self._adam(some, own, which, scratch[: len(some)])
-            some.copy_(update if which is None else where(which, update, torch.zeros_like(update)))
+        for axis in self._axes(gradient.shape[1:]):
+            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.factor_beta, counting)
+        update = self._adam(gradient, held, counts, moving)
+        gradient.copy_(update if moving is None else where(moving, update, torch.zeros_like(update)))
         self.refresh(held, counts, turn, gradient)
         return gradient
 
-    def _adam(
-        self, gradient: torch.Tensor, own: Mapping[str, torch.Tensor], moving: Mask, scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: Mask) -> torch.Tensor:
         """Both averages are kept in the basis: until that turns, the first is what turning that of gradients gives."""
         beta1, beta2 = self.betas
-        turned = self._turned(gradient, own, back=False)
-        average(own["exp_avg"], turned, beta1, moving, scratch)
-        average(own["exp_avg_sq"], torch.mul(turned, turned, out=scratch), beta2, moving, scratch)
-        steps = Counts(own[COUNTS]).steps.double().clamp(min=1)
-        step = torch.sqrt(own["exp_avg_sq"], out=scratch)
+        scratch = torch.empty_like(gradient)
+        turned = self._turned(gradient, held, back=False)
+        average(held["exp_avg"], turned, beta1, moving, scratch)
+        average(held["exp_avg_sq"], torch.mul(turned, turned, out=scratch), beta2, moving, scratch)
+        steps = counts.steps.double().clamp(min=1)
+        step = torch.sqrt(held["exp_avg_sq"], out=scratch)
         step += self.eps
-        torch.div(own["exp_avg"], step, out=step)
+        torch.div(held["exp_avg"], step, out=step)
         step *= broadcast((1 - beta2**steps).sqrt() / (1 - beta1**steps), step)
-        return self._turned(step, own, back=True)
+        return self._turned(step, held, back=True)
 
-    def _turned(self, stacked: torch.Tensor, own: Mapping[str, torch.Tensor], back: bool) -> torch.Tensor:
+    def _turned(self, stacked: torch.Tensor, held: Held, back: bool) -> torch.Tensor:
         """Into the basis, or back from it."""
         for axis in self._axes(stacked.shape[1:]):
-            basis = own[f"basis_{axis}"].to(stacked.dtype)
+            basis = held[f"basis_{axis}"].to(stacked.dtype)
             stacked = along(stacked, basis if back else basis.mT, axis)
         return stacked
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
-        """Bases at the first step, and where they are due after it, by one step of orthogonal iteration from the last.
-
-        Steps are counted from the second one, the first that moves parameters.
-        """
-        axes = self._axes(like.shape[1:])
-        later, recurring = Turn(turn.step - 1, turn.phases), max(1, len(axes))  # without axes a matrix only begins
-        everything = list(range(len(like)))
-        now = due(later, self.frequency, self.staggered, 0, recurring) if turn.step > 1 else [everything] * recurring
-        places, fresh, _ = with_fresh(now, counts)
+        """Bases at the first step, then those that are due, by one step of orthogonal iteration from the last."""
+        own = self._axes(like.shape[1:])
+        if self.delay and turn.step > self.delay + 1:
+            before = Turn(turn.step - self.delay, turn.phases)
+            if axes := waiting(held, dict(zip(own, self._due(before, len(own)), strict=False))):
+                self._turn(held, counts, axes, taken_up(held, before.step, axes, self._finding(held, axes, like)), like)
+                clear(held, axes)
+        places, fresh, _ = with_fresh(self._due(turn, len(own)), counts)
         if fresh:
             self._first(held, counts, fresh, like)
-        turning = [(axis, some) for axis, found in zip(axes, places, strict=False) for some in _together(found, like)]
-        if turning:
-            self._next(held, counts, turning, like)
+        axes = {axis: some for axis, some in zip(own, places, strict=False) if some}
+        if not axes:
+            return
+        find = self._finding(held, axes, like)
+        factors = [at(held[f"factor_{axis}"], some).to(like.dtype, copy=self.delay > 0) for axis, some in axes.items()]
+        if self.delay:
+            put_off(held, turn.step, axes, factors, functools.partial(find, factors))
+        else:
+            self._turn(held, counts, axes, find(factors), like)
+
+    def _finding(self, held: Held, axes: Axes, like: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], _Found]:
+        """What finds the next bases from statistics: the last ones do not change before those are taken over."""
+        return functools.partial(_next, [at(held[f"basis_{axis}"], some) for axis, some in axes.items()])
 
     def _first(self, held: Held, counts: Counts, places: list[int], like: torch.Tensor) -> None:
         """Find the first bases along all axes. The averages of these matrices are zeros."""
@@ -145,31 +170,30 @@ class AdamInEigenbasis(Kronecker):
             replace(held[f"basis_{axis}"], places, basis, good)
         counts.refreshed(places, good, seen)
 
-    def _next(self, held: Held, counts: Counts, turning: Sequence[tuple[int, list[int]]], like: torch.Tensor) -> None:
+    def _turn(self, held: Held, counts: Counts, axes: Axes, found: _Found, like: torch.Tensor) -> None:
         """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
-        orders, given = [], []
-        for axis, places in turning:
-            last = _columns(at(held[f"basis_{axis}"], places).to(like.dtype))
-            product = torch.bmm(last, at(held[f"factor_{axis}"], places).to(like.dtype))  # symmetric: also columns
-            orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
-            given.append(_ordered(product, orders[-1], 0).mT)
-        found = orthonormal(given)
         good = torch.ones(len(like), dtype=torch.bool, device=like.device)
-        for (_, places), (_, fine) in zip(turning, found, strict=True):
+        for places, (_, (_, fine)) in zip(axes.values(), found, strict=True):
             good[places] &= fine
-        for (axis, places), order, (basis, _) in zip(turning, orders, found, strict=True):
+        for (axis, places), (order, (basis, _)) in zip(axes.items(), found, strict=True):
             last, which = at(held[f"basis_{axis}"], places).to(like.dtype), good[places]
             turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
             replace(held["exp_avg"], places, turned, which)
             replace(held["exp_avg_sq"], places, _ordered(at(held["exp_avg_sq"], places), order, axis), which)
             replace(held[f"basis_{axis}"], places, basis, which)
-        every = sorted({place for _, places in turning for place in places})
+        every = sorted({place for places in axes.values() for place in places})
         counts.refreshed(every, good[every], torch.ones_like(good[every]))
 
 
-def _together(places: list[int], like: torch.Tensor) -> list[list[int]]:
-    """Places to be worked on together: on CPUs each by itself, so that nothing is copied to make a stack."""
-    return [[place] for place in places] if like.device.type == "cpu" else [places] if places else []
+def _next(bases: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> _Found:
+    """One step of orthogonal iteration from each basis, in the order of its eigenvalues."""
+    orders, given = [], []
+    for basis, factor in zip(bases, factors, strict=True):
+        last = _columns(basis.to(factor.dtype))
+        product = torch.bmm(last, factor)  # which is symmetric: also columns
+        orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
+        given.append(_ordered(product, orders[-1], 0).mT)
+    return list(zip(orders, orthonormal(given), strict=True))
 
 
 def _columns(stacked: torch.Tensor) -> torch.Tensor:

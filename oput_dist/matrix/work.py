@@ -19,6 +19,8 @@ class Kept:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    optional: bool = False
+    """Whether a checkpoint may lack it: then it is zeros."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ class Held:
     Args:
         shapes: of the state of one matrix, by name.
         memory: for each name one flat tensor for each matrix, where it is kept.
+
+    Attributes:
+        begun: by step, what threads are at work on; what is lost with this is found again.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
         self._shapes, self._memory = shapes, memory
         self._stacked: dict[str, torch.Tensor] = {}
+        self.begun: dict[int, object] = {}
         self._copied = {name for name, parts in memory.items() if not _adjacent(parts)}
 
     @property
@@ -63,10 +69,6 @@ class Held:
                 stacked = torch.stack(list(parts))
             self._stacked[name] = stacked.view(len(parts), *shape)
         return self._stacked[name]
-
-    def part(self, part: slice) -> dict[str, torch.Tensor]:
-        """Of some of the matrices that follow each other, as views."""
-        return {name: self[name][part] for name in self._shapes}
 
     def only(self, places: Sequence[int]) -> Held:
         """Of some of the matrices."""
@@ -117,6 +119,10 @@ class Work(ABC):
         What recurs in all matrices is spread over the steps of the period, so that they take about the same time.
         """
         return 1, ()
+
+    def load(self, shape: Shape, turn: Turn) -> float:
+        """Estimated time of this step for some matrices of a shape, as :meth:`cost` counts it."""
+        return self.cost(shape) * len(turn.phases)
 
     @abstractmethod
     def __call__(self, stacked: torch.Tensor, held: Held, turn: Turn) -> torch.Tensor:

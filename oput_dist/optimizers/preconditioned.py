@@ -55,6 +55,15 @@ class Preconditioned(Matrixwise):
     def work(self, group: Group, shape: Shape) -> Work:
         """What is done with a matrix."""
 
+    def check_delay(self, group: Group) -> None:
+        """Raise ValueError if something would fall due again before it is taken over."""
+        delay, frequency = group["refresh_delay"], group["precondition_frequency"]
+        if delay and delay >= frequency:
+            raise ValueError(
+                f"{type(self).__name__}: refresh_delay={delay} must be below precondition_frequency={frequency}: what "
+                f"is found must be taken over before it is due again"
+            )
+
     def matrix_recipe(self, group: Group, shape: Shape) -> Recipe:
         return Recipe((Measure(hand_over, ()), Update(take_step)), whole=self.work(group, shape))
 

@@ -13,6 +13,7 @@ from oput_dist.engine.hyper import (
     Betas,
     Fraction,
     Nonnegative,
+    NonnegativeInteger,
     PositiveInteger,
     each,
     hyperparameters,
@@ -77,6 +78,9 @@ class Shampoo(Preconditioned):
         block_size: the longest side of a block, an integer >= 1; None: no blocks. Default 1024.
         precondition_frequency: steps from root to root of a block, an integer >= 1. Default 10.
         start_step: the first step with roots, an integer >= 1. Default 1.
+        refresh_delay: steps after which roots that are due are taken over, an integer >= 0 below
+            ``precondition_frequency``: until then they are found beside the training, from the statistics as they were,
+            which are kept for it (4 bytes per element of a factor); a block's first are found at once. Default 0.
         stagger: refresh every axis of every block at a step of its own out of ``precondition_frequency``, so that all
             steps take about the same time (a block without roots finds all at the first of them); else all at
             ``start_step`` and at multiples of the frequency. Default True.
@@ -117,6 +121,7 @@ class Shampoo(Preconditioned):
         block_size: PositiveInteger | None = 1024,
         precondition_frequency: PositiveInteger = 10,
         start_step: PositiveInteger = 1,
+        refresh_delay: NonnegativeInteger = 0,
         stagger: bool = True,
         exponents: Exponents | None = None,
         root_method: Literal["eigh", "newton", "newton_schulz"] = "eigh",
@@ -133,6 +138,7 @@ class Shampoo(Preconditioned):
         super().__init__(params, matrix_params, hyperparameters(locals(), "matrix_params"), common)
 
     def check(self, group: Group) -> None:
+        self.check_delay(group)
         method = group["root_method"]
         if group["exponents"] is not None and method != "eigh":
             roots = [1 / exponent for exponent in group["exponents"]]
@@ -159,6 +165,7 @@ class Shampoo(Preconditioned):
             eps=group["eps"],
             frequency=group["precondition_frequency"],
             start=group["start_step"],
+            delay=group["refresh_delay"],
             staggered=group["stagger"],
             block_size=group["block_size"],
             exponents=None if group["exponents"] is None else tuple(group["exponents"]),

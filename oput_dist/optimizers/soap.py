@@ -8,7 +8,7 @@ import torch
 from typing_extensions import Unpack
 
 from oput_dist.engine import Common, Group, Params, Shape
-from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, PositiveInteger, hyperparameters
+from oput_dist.engine.hyper import Betas, Fraction, Nonnegative, NonnegativeInteger, PositiveInteger, hyperparameters
 from oput_dist.engine.split import Test
 from oput_dist.matrix.soap import AdamInEigenbasis
 from oput_dist.matrix.work import Work
@@ -48,6 +48,9 @@ class SOAP(Preconditioned):
         eps: :math:`\epsilon \ge 0`. Default 1e-8.
         weight_decay: decoupled, :math:`\lambda \ge 0`. Default 0.01.
         precondition_frequency: steps from basis to basis, an integer >= 1. Default 10.
+        refresh_delay: steps after which bases that are due are taken over, an integer >= 0 below
+            ``precondition_frequency``: until then they are found beside the training, from the statistics as they were,
+            which are kept for it (4 bytes per element of a factor); a block's first is found at once. Default 0.
         max_preconditioner_dim: axes that are longer keep their own basis, an integer >= 1. Default 10000.
         block_size: the longest side of a block, an integer >= 1; None: no blocks. Default None.
         stagger: refresh every axis of every block at a step of its own out of ``precondition_frequency``, so that all
@@ -77,6 +80,7 @@ class SOAP(Preconditioned):
         eps: Nonnegative = 1e-8,
         weight_decay: Nonnegative = 0.01,
         precondition_frequency: PositiveInteger = 10,
+        refresh_delay: NonnegativeInteger = 0,
         max_preconditioner_dim: PositiveInteger = 10000,
         block_size: PositiveInteger | None = None,
         stagger: bool = True,
@@ -87,6 +91,9 @@ class SOAP(Preconditioned):
     ) -> None:
         super().__init__(params, matrix_params, hyperparameters(locals(), "matrix_params"), common)
 
+    def check(self, group: Group) -> None:
+        self.check_delay(group)
+
     def work(self, group: Group, shape: Shape) -> Work:
         factor_beta, stored = group["shampoo_beta"], group["factor_dtype"]
         return AdamInEigenbasis(
@@ -94,6 +101,7 @@ class SOAP(Preconditioned):
             factor_beta=group["betas"][1] if factor_beta is None else factor_beta,
             eps=group["eps"],
             frequency=group["precondition_frequency"],
+            delay=group["refresh_delay"],
             staggered=group["stagger"],
             largest=group["max_preconditioner_dim"],
             block_size=group["block_size"],

@@ -11,11 +11,11 @@ from tests.formulas.matrices import muon
 from tests.parity import Oracle
 
 SHAMPOO_KEEPS = (
-    *(f"{kind}_{axis}" for kind in ("factor", "root") for axis in range(4)),
+    *(f"{kind}_{axis}" for kind in ("factor", "root", "waiting") for axis in range(4)),
     *("exp_avg", "graft_sq", "matrix_counts"),
 )
 SOAP_KEEPS = (
-    *(f"{kind}_{axis}" for kind in ("factor", "basis") for axis in range(4)),
+    *(f"{kind}_{axis}" for kind in ("factor", "basis", "waiting") for axis in range(4)),
     *("exp_avg", "exp_avg_sq", "matrix_counts"),
 )
 OFTEN = {"precondition_frequency": 2}
@@ -34,7 +34,7 @@ CASES: list[Case] = [
     Case(
         "shampoo sgd graft",
         "oput_dist.Shampoo",
-        {"lr": 0.1, "graft": "sgd", "start_step": 2, "stagger": False, **OFTEN},
+        {"lr": 0.1, "graft": "sgd", "start_step": 2, "stagger": False, "refresh_delay": 1, **OFTEN},
         SECOND,
         owned=SHAMPOO_KEEPS,
         **WHOLE,
@@ -43,7 +43,7 @@ CASES: list[Case] = [
     Case(
         "soap blocks",
         "oput_dist.SOAP",
-        {"lr": 0.1, "block_size": 3, "max_preconditioner_dim": 2, "stagger": False, **OFTEN},
+        {"lr": 0.1, "block_size": 3, "max_preconditioner_dim": 2, "stagger": False, "refresh_delay": 1, **OFTEN},
         SECOND,
         owned=SOAP_KEEPS,
         **WHOLE,

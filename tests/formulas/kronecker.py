@@ -59,6 +59,7 @@ def shampoo(
     graft_beta: float = 0.999,
     graft_eps: float = 1e-8,
     phases: Sequence[int] | None = None,
+    delay: int = 0,
 ) -> None:
     if p.ndim < 2:
         adamw(p, g, memory, t, lr, weight_decay, (0.9, 0.999), 1e-8)
@@ -80,6 +81,7 @@ def shampoo(
             graft,
             graft_beta,
             graft_eps,
+            delay,
         )
 
 
@@ -95,6 +97,7 @@ def block_update(
     graft: str | None,
     graft_beta: float,
     graft_eps: float,
+    delay: int = 0,
 ) -> Tensor:
     beta1, beta2 = betas
     k = g.ndim
@@ -114,9 +117,11 @@ def block_update(
         exponent = 1 / (2 * k) if exponents is None else exponents[k - 1]
         correction = 1.0 if beta2 == 1 else 1 - beta2**t
         found = [power(a / correction + eps * torch.eye(len(a), dtype=g.dtype), -exponent) for a in factors]
-        last = own.get("roots", found)  # the first time all are found
-        own["roots"] = [new if now else old for new, old, now in zip(found, last, refresh, strict=True)]
-    if "roots" not in own:
+        last = own.get("roots") or found  # the first time all are found
+        new = [new if now else old for new, old, now in zip(found, last, refresh, strict=True)]
+        own.setdefault("later", {})[t + delay if own.get("roots") else t] = new
+    own["roots"] = own.get("later", {}).pop(t, own.get("roots"))
+    if own["roots"] is None:
         return d
     u = f
     for i, root in enumerate(own["roots"]):
@@ -138,6 +143,7 @@ def soap(
     max_preconditioner_dim: int = 10000,
     stagger: bool = False,
     phases: Sequence[int] | None = None,
+    delay: int = 0,
 ) -> None:
     if p.ndim < 2:
         adamw(p, g, memory, t, lr, weight_decay, betas, eps)
@@ -168,8 +174,10 @@ def soap(
         elif (t - 1 + (0 if phases is None else phases[i])) % precondition_frequency == 0:
             product = factors[i] @ bases[i]
             order = (bases[i] * product).sum(0).argsort(descending=True)
+            memory[i, t + delay] = order, gram_schmidt(product[:, order])
+        if (i, t) in memory:
+            order, bases[i] = memory.pop((i, t))
             memory["v"] = memory["v"].index_select(i, order)
-            bases[i] = gram_schmidt(product[:, order])
 
 
 def gram_schmidt(columns: Tensor) -> Tensor:

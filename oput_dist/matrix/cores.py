@@ -1,0 +1,89 @@
+"""A CPU's cores shared out among independent pieces of work."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, local
+from typing import TypeVar
+
+import torch
+
+__all__ = ["PART", "shared_out", "started", "threads"]
+
+T = TypeVar("T")
+
+PART = 2**16
+"""Elements of matrices that a core works on at a time, so that what is read and written over and over stays in its
+caches: a step of Shampoo goes over its matrices some twenty times."""
+_own = local()
+_UNEVEN = 1.5
+"""How much longer than an even share the cores may take, before a piece gets all threads instead of one."""
+
+
+def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
+    """The results of all jobs, each on a core of its own, the dearest first; what would leave others idle has them all.
+
+    LAPACK makes little of several threads, and where other processes want the cores too, they wait for each other:
+    seconds for what takes milliseconds. Products of small matrices and passes over them lose as much by starting
+    threads each time. A job gets the same result on one core, whatever the others are.
+
+    Args:
+        jobs: that run torch operations on CPUs, and do not wait for each other. Gradients are not recorded in them.
+        costs: of each, in any unit, estimated.
+    """
+    given = torch.get_num_threads()
+    order = sorted(range(len(jobs)), key=lambda i: -costs[i])
+    alone = 0 if given > 1 else len(jobs)
+    while alone < len(jobs) and _uneven([costs[i] for i in order[alone:]], given):
+        alone += 1
+    found = {i: _run(jobs[i]) for i in order[:alone]}
+    if rest := order[alone:]:
+        try:
+            with _pool(min(given, len(rest)), given) as pool:
+                found.update(zip(rest, pool.map(_run, [jobs[i] for i in rest]), strict=True))
+        finally:
+            torch.set_num_threads(given)
+    return [found[i] for i in range(len(jobs))]
+
+
+def threads() -> int:
+    """Torch's number of threads; in a job, which has one, that of who shared it out."""
+    given: int | None = getattr(_own, "given", None)
+    return given or torch.get_num_threads()
+
+
+def started(size: int) -> ThreadPoolExecutor:
+    """Threads that stay, each on one core."""
+    given, all_of_them = torch.get_num_threads(), Barrier(size)
+    pool = _pool(size, given)
+    list(pool.map(lambda _: all_of_them.wait(), range(size)))
+    torch.set_num_threads(given)
+    return pool
+
+
+def _pool(size: int, given: int) -> ThreadPoolExecutor:
+    """A new thread would use all cores in its products: the number is each thread's own.
+
+    It is also that of threads to come, as autograd's, and so must be set again by who has them started.
+    """
+    return ThreadPoolExecutor(size, "oput-matrices", initializer=_begin, initargs=(given,))
+
+
+def _begin(given: int) -> None:
+    _own.given = given
+    torch.set_num_threads(1)
+
+
+def _uneven(costs: Sequence[float], threads: int) -> bool:
+    """Whether jobs, the dearest first to whichever core is free, take much longer than if they could be divided."""
+    busy = [0.0] * min(threads, len(costs))
+    for cost in costs:
+        heapq.heapreplace(busy, busy[0] + cost)
+    return max(busy) > _UNEVEN * sum(costs) / threads
+
+
+def _run(job: Callable[[], T]) -> T:
+    with torch.no_grad():  # which is a thread's own
+        return job()

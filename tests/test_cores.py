@@ -1,0 +1,68 @@
+"""Work shared out among a CPU's cores: who gets how many threads, and that results stay those of one thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import oput_dist as oput
+from oput_dist.matrix.cores import shared_out, threads
+from tests.test_refresh_delay import BOTH, OPTIONS, apart, parameters, train
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def seen(number: int, where: list[tuple[int, int, bool]]) -> int:
+    where.append((number, torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+    assert threads() == 3
+    assert not torch.is_grad_enabled()
+    return number
+
+
+def test_each_has_a_core_and_what_would_leave_others_idle_has_all(three_threads: None) -> None:
+    where: list[tuple[int, int, bool]] = []
+    costs = [1.0, 1.0, 40.0, 1.0, 2.0, 1.0]
+    assert shared_out([partial(seen, i, where) for i in range(6)], costs) == list(range(6))
+    assert where[0] == (2, 3, True)
+    assert sorted(where[1:]) == [(i, 1, False) for i in (0, 1, 3, 4, 5)]
+    where.clear()
+    assert shared_out([partial(seen, 7, where)], [1.0]) == [7]  # one alone
+    assert where == [(7, 3, True)]
+
+
+def test_an_error_comes_through_and_leaves_no_thread_count(three_threads: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        shared_out([lambda: 1 // 0, *[lambda: 1] * 5], [1.0] * 6)
+    assert torch.get_num_threads() == 3
+    numbers: list[int] = []
+    one = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+    one.start()
+    one.join()
+    assert numbers == [3]  # also of threads to come, as autograd's
+
+
+@pytest.mark.parametrize("make", [*BOTH, oput.Muon])
+def test_steps_are_those_of_one_thread(make: Any) -> None:
+    options = OPTIONS if make in BOTH else {"lr": 0.02}
+    found = []
+    for number in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            params = parameters()
+            found.append(train(make(params, **options), params, 0, 13))
+        finally:
+            torch.set_num_threads(before)
+    assert apart(*found) < 1e-12
