@@ -19,7 +19,7 @@ from .slot import Slot
 
 __all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "Tossed", "key_of", "set_apart", "waves", "written"]
 
-WAVE = {"cpu": 2**20, "cuda": 2**22}
+WAVE = {"cpu": 2**21, "cuda": 2**22}
 """Elements whose numbers are in memory at once where their state has codes: what stays in caches between two passes."""
 
 

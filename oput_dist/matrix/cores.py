@@ -18,7 +18,7 @@ PART = 2**16
 """Elements of matrices that a core works on at a time, so that what is read and written over and over stays in its
 caches: a step of Shampoo goes over its matrices some twenty times."""
 _own = local()
-_UNEVEN = 1.5
+_UNEVEN = 1.1
 """How much longer than an even share the cores may take, before a piece gets all threads instead of one."""
 
 
