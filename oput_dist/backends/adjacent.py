@@ -40,16 +40,16 @@ def joined(batch: Batch) -> Batch:
 
 def runs(columns: Sequence[Sequence[torch.Tensor]], which: Sequence[int], indices: range) -> Iterator[range]:
     """Ranges of indices whose tensors lie one after the other in every column, of one row of scalars each."""
+    spans = [[_span(column[i]) for i in indices] for column in columns]
     start = indices.start
-    for i, k in pairwise(indices):
-        if which[i] != which[k] or not all(_follows(column[i], column[k]) for column in columns):
+    for number, (i, k) in enumerate(pairwise(indices)):
+        if which[i] != which[k] or any(span[number][1:] != span[number + 1][::2] for span in spans):
             yield range(start, k)
             start = k
     yield range(start, indices.stop)
 
 
-def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return (
-        second.data_ptr() == first.data_ptr() + first.nbytes
-        and second.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-    )
+def _span(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where it begins, where it ends, and where the memory that it is in begins."""
+    start = tensor.data_ptr()
+    return start, start + tensor.nbytes, tensor.untyped_storage().data_ptr()

@@ -55,7 +55,7 @@ class Member:
 
     def part(self, values: torch.Tensor) -> torch.Tensor:
         """The range of a flat tensor of the whole slot."""
-        return values if self.numel == len(values) else values[self.start : self.stop]
+        return values if self.numel == self.slot.numel else values[self.start : self.stop]
 
     @property
     def cells(self) -> list[Cell]:
