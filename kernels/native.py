@@ -58,7 +58,7 @@ static inline F look_up(const float* table, I code) { return table[code]; }
 #endif
 
 #ifdef __AVX512VBMI__
-// Each byte of the floats is looked up for 64 codes at once. They are ordered so that what is put together lies in order.
+// Each byte of the floats is looked up for 64 codes at once, in such an order that what is put together lies in order.
 static inline void decode_64(const uint8_t* codes, float* out, const uint8_t* bytes, __m512 scale) {
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i code = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
@@ -181,7 +181,8 @@ def _source() -> str:
         f"        case {i}: return encode_block<{size}, code{i}>(job, i, known);\n" for i, size in enumerate(sizes)
     )
     decoding = "".join(
-        f"        case {i}: return decode_block<{size}>(job, i, tables + 256 * {i}, bytes + 1024 * {i});\n" for i, size in enumerate(sizes)
+        f"        case {i}: return decode_block<{size}>(job, i, tables + 256 * {i}, bytes + 1024 * {i});\n"
+        for i, size in enumerate(sizes)
     )
     return f"""{PRELUDE}
 static const float LEAST = (float){LEAST!r};
