@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import torch
 
-from .batch import Batch, Scalars
+from .batch import Batch
 
-__all__ = ["joined", "runs"]
+__all__ = ["joined", "runs_of"]
 
 
 def joined(batch: Batch) -> Batch:
@@ -21,24 +21,33 @@ def joined(batch: Batch) -> Batch:
 
     Only tensors that share their scalars are joined. Where none lie so, this is the batch itself.
     """
-    columns = [batch.p, batch.g, *(list(column) for column in zip(*batch.state, strict=True))]
-    if "runs" not in batch.cache:  # what the parameters allow does not change as long as they are the same
-        batch.cache["runs"] = list(runs(columns[:1], batch.scalars.which, range(len(batch.p))))
-    if all(len(run) == 1 for run in batch.cache["runs"]):
+    found = runs_of(batch)
+    if len(found) == len(batch.p):
         return batch
-    found = [part for run in batch.cache["runs"] for part in runs(columns, batch.scalars.which, run)]
     sizes = [sum(batch.p[i].numel() for i in run) for run in found]
     p, g, *state = (
-        [column[run[0]].as_strided((n,), (1,)) for run, n in zip(found, sizes, strict=True)] for column in columns
+        [column[run[0]].as_strided((n,), (1,)) for run, n in zip(found, sizes, strict=True)]
+        for column in batch.columns()
     )
-    old = batch.scalars
-    scalars = Scalars(old.kind, old.rows, [old.which[run[0]] for run in found], old.device)
+    scalars = batch.scalars.of(run[0] for run in found)
     states: list[tuple[torch.Tensor, ...]] = list(zip(*state, strict=True)) if state else [()] * len(found)
     cache = batch.cache.setdefault(("joined", *sizes), {})
     return Batch(p, g, states, scalars, batch.prologue, batch.scale, cache, batch.lasting)
 
 
-def runs(columns: Sequence[Sequence[torch.Tensor]], which: Sequence[int], indices: range) -> Iterator[range]:
+def runs_of(batch: Batch) -> list[range]:
+    """Ranges of a batch's tensors that lie one after the other, gradients and state too, of one row of scalars each."""
+    count = len(batch.p)
+    if "runs" not in batch.cache:  # what the parameters allow does not change as long as they are the same
+        batch.cache["runs"] = list(_runs([batch.p], [0] * count, range(count)))
+    known: list[range] = batch.cache["runs"]
+    if len(known) == count:
+        return known
+    columns, which = batch.columns(), batch.scalars.which
+    return [part for run in known for part in ([run] if len(run) == 1 else _runs(columns, which, run))]
+
+
+def _runs(columns: Sequence[Sequence[torch.Tensor]], which: Sequence[int], indices: range) -> Iterator[range]:
     """Ranges of indices whose tensors lie one after the other in every column, of one row of scalars each."""
     spans = [[_span(column[i]) for i in indices] for column in columns]
     start = indices.start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -57,6 +57,10 @@ class Scalars:
         """One float64 row per tensor, on the device."""
         return self.distinct if list(self.which) == list(range(len(self.rows))) else self.distinct[self.index]
 
+    def of(self, indices: Iterable[int]) -> Scalars:
+        """The scalars of some of the tensors."""
+        return Scalars(self.kind, self.rows, [self.which[i] for i in indices], self.device)
+
 
 @dataclass
 class Batch:
@@ -73,6 +77,10 @@ class Batch:
     """For what a backend keeps from step to step as long as the same tensors are batched."""
     lasting: bool = True
     """Whether that may be large: not where batches are many."""
+
+    def columns(self) -> list[list[torch.Tensor]]:
+        """The parameters, the gradients, and each state."""
+        return [self.p, self.g, *(list(column) for column in zip(*self.state, strict=True))]
 
 
 @dataclass

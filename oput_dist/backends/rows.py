@@ -13,8 +13,8 @@ from itertools import accumulate
 
 import torch
 
-from .adjacent import runs
-from .batch import Batch, Scalars
+from .adjacent import runs_of
+from .batch import Batch
 
 __all__ = ["ROW", "Rows", "parted"]
 
@@ -95,21 +95,17 @@ def _indices(values: Sequence[int]) -> torch.Tensor:
 
 def parted(batch: Batch) -> tuple[list[Rows], Batch | None, list[int]]:
     """The runs of a batch that go by rows, each of one row of scalars; and the rest, with its numbers in the batch."""
-    sizes, which = [p.numel() for p in batch.p], batch.scalars.which
-    if "one after the other" not in batch.cache:  # what parameters allow does not change as long as they are the same
-        batch.cache["one after the other"] = list(runs([batch.p], [0] * len(sizes), range(len(sizes))))
-    columns = [batch.p, batch.g, *(list(column) for column in zip(*batch.state, strict=True))]
+    sizes = [p.numel() for p in batch.p]
     found: list[Rows] = []
     rest: list[int] = []
-    for first in batch.cache["one after the other"]:
-        for run in [first] if len(first) == 1 else runs(columns, which, first):
-            key = ("rows", run.start, run.stop)
-            if key not in batch.cache:
-                batch.cache[key] = Rows(run, sizes[run.start : run.stop])
-            if batch.cache[key].worthwhile:
-                found.append(batch.cache[key])
-            else:
-                rest += run
+    for run in runs_of(batch):
+        key = ("rows", run.start, run.stop)
+        if key not in batch.cache:
+            batch.cache[key] = Rows(run, sizes[run.start : run.stop])
+        if batch.cache[key].worthwhile:
+            found.append(batch.cache[key])
+        else:
+            rest += run
     if not found:
         return [], batch, rest
     return found, _only(batch, rest) if rest else None, rest
@@ -117,8 +113,6 @@ def parted(batch: Batch) -> tuple[list[Rows], Batch | None, list[int]]:
 
 def _only(batch: Batch, indices: Sequence[int]) -> Batch:
     """A batch of some of the tensors."""
-    old = batch.scalars
-    scalars = Scalars(old.kind, old.rows, [old.which[i] for i in indices], old.device)
     p, g, state = ([column[i] for i in indices] for column in (batch.p, batch.g, batch.state))
     cache = batch.cache.setdefault(("rest", *indices), {})
-    return Batch(p, g, state, scalars, batch.prologue, batch.scale, cache, batch.lasting)  # type: ignore[arg-type]
+    return Batch(p, g, state, batch.scalars.of(indices), batch.prologue, batch.scale, cache, batch.lasting)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,25 @@ from .rows import Rows, parted
 from .transfer import send
 
 __all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a stage is run with, besides its tensors."""
+
+    rows: torch.Tensor
+    """The distinct rows of scalars."""
+    scale: torch.Tensor | None
+    """Multiplies every gradient."""
+    factors: torch.Tensor | None
+    """``[n, tensors]``, of an Apply."""
+    out: torch.Tensor | None
+    """Where the sums of a Measure go: ``[tensors, terms]``."""
+
+    def of(self, indices: list[int]) -> _Given:
+        """The same for some of the tensors; their sums go to a copy."""
+        factors = None if self.factors is None else self.factors[:, indices]
+        return replace(self, factors=factors, out=None if self.out is None else self.out[indices])
 
 
 class TorchBackend:
@@ -54,108 +74,79 @@ class TorchBackend:
         out = None
         if measures(stage):
             out = torch.empty(len(batch.p), len(stage.sums), dtype=torch.float64, device=rows.device)
-        if not self.by_rows or rows.device.type != "cpu" or (out is None and factors is None):
-            self._run_pieces(stage, batch, rows, scale, factors, out)
-            return out
-        found, rest, left = parted(batch)
-        for run in found:
-            self._run_rows(stage, batch, run, rows, scale, factors, out)
-        if rest is batch:
-            self._run_pieces(stage, batch, rows, scale, factors, out)
-        elif rest is not None:
-            own = None if out is None else out[left]
-            self._run_pieces(stage, rest, rows, scale, None if factors is None else factors[:, left], own)
-            if out is not None and own is not None:
-                out[left] = own
+        given = _Given(rows, scale, factors, out)
+        if self.by_rows and rows.device.type == "cpu" and (out is not None or factors is not None):
+            self._run_parted(stage, batch, given)
+        else:
+            self._run_pieces(stage, batch, given)
         return out
 
-    def _run_pieces(
-        self,
-        stage: Stage,
-        batch: Batch,
-        rows: torch.Tensor,
-        scale: torch.Tensor | None,
-        factors: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> None:
+    def _run_parted(self, stage: Stage, batch: Batch, given: _Given) -> None:
+        """Runs of pieces by rows, and the other pieces as ever."""
+        runs, rest, left = parted(batch)
+        for run in runs:
+            self._run_rows(stage, batch, run, given)
+        if rest is batch:
+            self._run_pieces(stage, batch, given)
+        elif rest is not None:
+            own = given.of(left)
+            self._run_pieces(stage, rest, own)
+            if given.out is not None and own.out is not None:
+                given.out[left] = own.out
+
+    def _run_pieces(self, stage: Stage, batch: Batch, given: _Given) -> None:
         single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
         for i in single:
-            self._run_single(stage, batch, i, rows, scale, factors, out)
+            self._run_single(stage, batch, i, given)
         for pack in together:
-            self._run_pack(stage, batch, pack, rows, scale, factors, out)
+            self._run_pack(stage, batch, pack, given)
 
-    def _run_rows(
-        self,
-        stage: Stage,
-        batch: Batch,
-        run: Rows,
-        rows: torch.Tensor,
-        scale: torch.Tensor | None,
-        factors: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> None:
-        columns = [batch.p, batch.g, *(list(column) for column in zip(*batch.state, strict=True))]
+    def _run_rows(self, stage: Stage, batch: Batch, run: Rows, given: _Given) -> None:
+        columns = batch.columns()
         edges = [run.edges(column) for column in columns]  # before the loop writes them
-        row = rows[batch.scalars.which[run.indices[0]]]
+        row = given.rows[batch.scalars.which[run.indices[0]]]
         # The loop is given scalars row by row, though all are alike: else Inductor takes new state, which would not
         # depend on rows, for one long row, and makes it in a loop of its own, four times the time.
         alike = row.unsqueeze(1).expand(-1, len(run.indices))
         p, g, *state = [run.matrix(column) for column in columns]
-        c = () if factors is None else run.by_row(factors[:, run.indices]).unbind()
-        sums = self._body(stage, batch, summed=True, ndim=2)(p, g, tuple(state), run.by_row(alike), scale, c)
+        c = () if given.factors is None else run.by_row(given.factors[:, run.indices]).unbind()
+        sums = self._body(stage, batch, summed=True, ndim=2)(p, g, tuple(state), run.by_row(alike), given.scale, c)
         p, g, *state = edges
-        each = None if factors is None else factors[:, run.pieces].repeat_interleave(run.lengths, dim=1)
-        terms = self._body(stage, batch, summed=False)(p, g, tuple(state), row, scale, each) if len(p) else ()
-        if out is not None:
-            out[run.indices] = run.by_piece(sums)
+        each = None if given.factors is None else given.factors[:, run.pieces].repeat_interleave(run.lengths, dim=1)
+        terms = self._body(stage, batch, summed=False)(p, g, tuple(state), row, given.scale, each) if len(p) else ()
+        if given.out is not None:
+            given.out[run.indices] = run.by_piece(sums)
             if terms:
-                out.index_add_(0, run.pieces, torch.stack([segment_sums(term, run.lengths) for term in terms], 1))
+                given.out.index_add_(0, run.pieces, torch.stack([segment_sums(term, run.lengths) for term in terms], 1))
         for number in _changed(stage, batch.prologue, len(columns)):
             run.put_edges(columns[number], edges[number])
 
-    def _run_single(
-        self,
-        stage: Stage,
-        batch: Batch,
-        i: int,
-        rows: torch.Tensor,
-        scale: torch.Tensor | None,
-        factors: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> None:
+    def _run_single(self, stage: Stage, batch: Batch, i: int, given: _Given) -> None:
         body = self._body(stage, batch, summed=True)
-        row = rows[batch.scalars.which[i]]
-        c = None if factors is None else factors[:, i]
+        row = given.rows[batch.scalars.which[i]]
+        c = None if given.factors is None else given.factors[:, i]
         parts = -(-batch.p[i].numel() // self.chunk)
         ranges = zip(*(t.tensor_split(parts) for t in (batch.p[i], batch.g[i], *batch.state[i])), strict=True)
-        sums = [body(p, g, state, row, scale, c) for p, g, *rest in ranges for state in (tuple(rest),)]
-        if out is not None:
-            out[i] = torch.stack([torch.stack(terms) for terms in sums]).sum(0)
+        sums = [body(p, g, state, row, given.scale, c) for p, g, *rest in ranges for state in (tuple(rest),)]
+        if given.out is not None:
+            given.out[i] = torch.stack([torch.stack(terms) for terms in sums]).sum(0)
 
-    def _run_pack(
-        self,
-        stage: Stage,
-        batch: Batch,
-        pack: Pack,
-        rows: torch.Tensor,
-        scale: torch.Tensor | None,
-        factors: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> None:
+    def _run_pack(self, stage: Stage, batch: Batch, pack: Pack, given: _Given) -> None:
         indices = pack.indices
         columns = [list(column) for column in zip(*(batch.state[i] for i in indices), strict=True)]
         lists = [[batch.p[i] for i in indices], [batch.g[i] for i in indices], *columns]
         gathered = [pack.gather(number, tensors) for number, tensors in enumerate(lists)]
         p, g, *state = [flat for flat, _ in gathered]
-        row = rows[batch.scalars.which[indices[0]]]
+        row = given.rows[batch.scalars.which[indices[0]]]
         lengths = send(torch.tensor(pack.sizes, device="cpu"), p.device)
         index = send(torch.tensor(indices, device="cpu"), p.device)
+        factors, out = given.factors, given.out
         c = None if factors is None else factors[:, index].repeat_interleave(lengths, dim=1, output_size=pack.numel)
         body = self._body(stage, batch, summed=False)
         parts = -(-pack.numel // self.chunk)
         ranges = zip(*(t.tensor_split(parts) for t in (p, g, *state)), strict=True)
         cs = [None] * parts if c is None else c.tensor_split(parts, dim=1)
-        terms = [body(a, b, tuple(rest), row, scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
+        terms = [body(a, b, tuple(rest), row, given.scale, ci) for (a, b, *rest), ci in zip(ranges, cs, strict=True)]
         if out is not None:
             out[index] = torch.stack([segment_sums(torch.cat(term), lengths) for term in zip(*terms, strict=True)], 1)
         for number in _changed(stage, batch.prologue, len(lists)):
