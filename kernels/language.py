@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["HAS_TRITON", "Rule", "as_torch", "fresh_function", "in_language", "jit", "rule", "tl"]
+__all__ = ["HAS_TRITON", "TORCH", "Rule", "as_torch", "fresh_function", "in_language", "jit", "rule", "tl"]
 
 
 class _TorchLanguage:
@@ -50,7 +50,7 @@ class _TorchLanguage:
         return x.view(dtype)
 
 
-_TORCH = _TorchLanguage()
+TORCH = _TorchLanguage()
 
 
 class _PlainRule:
@@ -75,7 +75,7 @@ try:
     _RULE_TYPES: tuple[type, ...] = (triton.runtime.jit.JITFunction, triton.runtime.interpreter.InterpretedFunction)
 except ImportError:  # no wheel for this platform: the torch backends remain
     HAS_TRITON = False
-    tl = _TORCH
+    tl = TORCH
     jit = _PlainRule
     _RULE_TYPES = (_PlainRule,)
 
@@ -100,7 +100,7 @@ _known: dict[tuple[Rule, Any], Callable[..., Any]] = {}
 
 def as_torch(a_rule: Rule) -> Callable[..., Any]:
     """The rule as a function of torch tensors (elementwise tensors for tiles, 0-d or 1-d tensors for scalars)."""
-    return in_language(a_rule, _TORCH)
+    return in_language(a_rule, TORCH)
 
 
 def in_language(a_rule: Rule, language: Any) -> Callable[..., Any]:

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from oput_dist.kernels.codes import Format
 from oput_dist.kernels.stage import Prologue, Stage
 
 from .transfer import send
 
-__all__ = ["Backend", "Batch", "Scalars", "Stack", "compute_dtype"]
+__all__ = ["Backend", "Batch", "Codes", "Scalars", "Stack", "compute_dtype"]
 
 Row = tuple[Any, ...]
 """``(decay, *h)``: Python floats, or 0-d tensors on the device for what only the device knows."""
@@ -62,6 +63,17 @@ class Scalars:
         return Scalars(self.kind, self.rows, [self.which[i] for i in indices], self.device)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """State as codes, from the first element of a block on: for backends that take it so."""
+
+    code: Format
+    codes: torch.Tensor
+    """uint8, ``[blocks, code.width]``, dense."""
+    scales: torch.Tensor
+    """float32, ``[blocks]``, dense."""
+
+
 @dataclass
 class Batch:
     """Tensors that one launch can serve: the same stage, dtypes and device. Every tensor is 1-d, dense, not empty."""
@@ -69,6 +81,7 @@ class Batch:
     p: list[torch.Tensor]
     g: list[torch.Tensor]
     state: list[tuple[torch.Tensor, ...]]
+    """Of a backend whose :meth:`Backend.takes_codes` says so also :class:`Codes`."""
     scalars: Scalars
     prologue: Prologue
     scale: torch.Tensor | None = None

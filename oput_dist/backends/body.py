@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from oput_dist.kernels.language import as_torch, fresh_function
+from oput_dist.kernels.language import TORCH, as_torch, fresh_function, in_language
 from oput_dist.kernels.rounding import restored, rounding_of, split
 from oput_dist.kernels.stage import (
     Agreed,
@@ -17,6 +17,7 @@ from oput_dist.kernels.stage import (
     Cautious,
     Decay,
     Factors,
+    Given,
     Measure,
     Prologue,
     Stage,
@@ -27,7 +28,7 @@ from oput_dist.kernels.stage import (
 
 from .batch import compute_dtype
 
-__all__ = ["Body", "body_of", "factors_of"]
+__all__ = ["Body", "body_of", "factor_count", "factors_of"]
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 Body: TypeAlias = Callable[
@@ -48,6 +49,7 @@ def body_of(
     summed: bool,
     ndim: int | None = None,
     dtype: torch.dtype = torch.float32,
+    language: Any = TORCH,
 ) -> Body:
     """The body of a stage, with a code object of its own.
 
@@ -59,15 +61,16 @@ def body_of(
         ndim: the number of axes of a stack of boxes, whose sums keep the first and others as the stage says; None for
             flat tensors, summed whole.
         dtype: of the parameters; tells how they are rounded where that is not left to the store.
+        language: what rules are written in, torch's or C++'s: then everything is symbols in place of tensors.
     """
-    rule = as_torch(stage.rule)
+    rule = in_language(stage.rule, language)
     summed_axes = [_others(axes, ndim) for axes in stage.sums]
     largest_axes = [_others(axes, ndim) for axes in stage.maxima]
     inner = plain(stage)
     takes = inner.given is not None
     aside, lossless, tossed = prologue.aside, prologue.write is Write.KAHAN, prologue.write is Write.STOCHASTIC
-    restore, divide = as_torch(restored), as_torch(split)
-    rounded = as_torch(rounding_of(prologue.write, dtype))
+    restore, divide = in_language(restored, language), in_language(split, language)
+    rounded = in_language(rounding_of(prologue.write, dtype), language)
 
     def total(term: torch.Tensor, axes: Axes | None) -> torch.Tensor:
         if axes is None:
@@ -155,7 +158,7 @@ def body_of(
     def cautious(p: Any, g: Any, state: Tensors, row: Any, scale: Any, c: Any) -> Tensors:
         p_in, g_in, p_out, state_out = moved(p, g, state, row, scale, c[:-1])
         move = p_out - p_in
-        write(p, state, p_in + torch.where(move * g_in >= 0, 0.0, move * c[-1]))
+        write(p, state, p_in + language.where(move * g_in >= 0, 0.0, move * c[-1]))
         write_state(state, state_out)
         return ()
 
@@ -172,6 +175,16 @@ def body_of(
 def _others(axes: Axes, ndim: int | None) -> Axes | None:
     """The axes of a stack that a sum runs over."""
     return None if ndim is None else tuple(axis for axis in range(1, ndim) if axis - 1 not in axes)
+
+
+def factor_count(given: Given | None) -> int | None:
+    """How many factors a stage is given; None if that does not follow from the stage alone."""
+    if isinstance(given, Agreed):
+        before = factor_count(given.before)
+        return None if before is None else before + 1
+    if given is None or isinstance(given, Factors):
+        return 0 if given is None else given.n
+    return None
 
 
 def factors_of(stage: Stage, rows: torch.Tensor, kind: type, sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

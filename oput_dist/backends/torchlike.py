@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ import torch
 from oput_dist.kernels.stage import Axes, Prologue, Stage, Update, Write, measures
 
 from .adjacent import joined
-from .batch import Batch, Stack, compute_dtype
-from .body import Body, body_of, factors_of
+from .batch import Batch, Codes, Stack, compute_dtype
+from .body import Body, body_of, factor_count, factors_of
 from .packing import Pack, packs, segment_sums
-from .rows import Rows, parted
+from .loops import Loop, loop_of
 from .transfer import send
 
 __all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
@@ -37,10 +37,18 @@ class _Given:
     out: torch.Tensor | None
     """Where the sums of a Measure go: ``[tensors, terms]``."""
 
-    def of(self, indices: list[int]) -> _Given:
-        """The same for some of the tensors; their sums go to a copy."""
-        factors = None if self.factors is None else self.factors[:, indices]
-        return replace(self, factors=factors, out=None if self.out is None else self.out[indices])
+
+def _given(stage: Stage, batch: Batch, sums: torch.Tensor | None) -> _Given:
+    dtype = compute_dtype(batch.p[0].dtype)
+    scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
+    rows = batch.scalars.distinct.to(dtype)
+    factors = None
+    if sums is not None:
+        factors = factors_of(stage, batch.scalars.table, batch.scalars.kind, sums, dtype)
+    out = None
+    if measures(stage):
+        out = torch.empty(len(batch.p), len(stage.sums), dtype=torch.float64, device=rows.device)
+    return _Given(rows, scale, factors, out)
 
 
 class TorchBackend:
@@ -51,8 +59,6 @@ class TorchBackend:
     """Whether small tensors are run together."""
     chunk: int
     """Elements of one call of a body; bounds the temporaries."""
-    by_rows = False
-    """Whether pieces that lie together are run as one where they are summed over, or scaled, each by itself."""
 
     def __init__(self) -> None:
         self._bodies: dict[Any, Body] = {}
@@ -65,61 +71,13 @@ class TorchBackend:
         """See :class:`Backend`."""
         if self.packed and type(stage) is Update and sums is None:
             batch = joined(batch)
-        dtype = compute_dtype(batch.p[0].dtype)
-        scale = None if batch.scale is None else batch.scale.to(dtype).reshape(())
-        rows = batch.scalars.distinct.to(dtype)
-        factors = None
-        if sums is not None:
-            factors = factors_of(stage, batch.scalars.table, batch.scalars.kind, sums, dtype)
-        out = None
-        if measures(stage):
-            out = torch.empty(len(batch.p), len(stage.sums), dtype=torch.float64, device=rows.device)
-        given = _Given(rows, scale, factors, out)
-        if self.by_rows and rows.device.type == "cpu" and (out is not None or factors is not None):
-            self._run_parted(stage, batch, given)
-        else:
-            self._run_pieces(stage, batch, given)
-        return out
-
-    def _run_parted(self, stage: Stage, batch: Batch, given: _Given) -> None:
-        """Runs of pieces by rows, and the other pieces as ever."""
-        runs, rest, left = parted(batch)
-        for run in runs:
-            self._run_rows(stage, batch, run, given)
-        if rest is batch:
-            self._run_pieces(stage, batch, given)
-        elif rest is not None:
-            own = given.of(left)
-            self._run_pieces(stage, rest, own)
-            if given.out is not None and own.out is not None:
-                given.out[left] = own.out
-
-    def _run_pieces(self, stage: Stage, batch: Batch, given: _Given) -> None:
+        given = _given(stage, batch, sums)
         single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
         for i in single:
             self._run_single(stage, batch, i, given)
         for pack in together:
             self._run_pack(stage, batch, pack, given)
-
-    def _run_rows(self, stage: Stage, batch: Batch, run: Rows, given: _Given) -> None:
-        columns = batch.columns()
-        edges = [run.edges(column) for column in columns]  # before the loop writes them
-        row = given.rows[batch.scalars.which[run.indices[0]]]
-        # The loop is given scalars row by row, though all are alike: else Inductor takes new state, which would not
-        # depend on rows, for one long row, and makes it in a loop of its own, four times the time.
-        alike = row.unsqueeze(1).expand(-1, len(run.indices))
-        p, g, *state = [run.matrix(column) for column in columns]
-        c = () if given.factors is None else run.by_row(given.factors[:, run.indices]).unbind()
-        sums = self._body(stage, batch, summed=True, ndim=2)(p, g, tuple(state), run.by_row(alike), given.scale, c)
-        p, g, *state = edges
-        each = None if given.factors is None else given.factors[:, run.pieces].repeat_interleave(run.lengths, dim=1)
-        terms = self._body(stage, batch, summed=False)(p, g, tuple(state), row, given.scale, each) if len(p) else ()
-        if given.out is not None:
-            given.out[run.indices] = run.by_piece(sums)
-            if terms:
-                given.out.index_add_(0, run.pieces, torch.stack([segment_sums(term, run.lengths) for term in terms], 1))
-        for number in _changed(stage, batch.prologue, len(columns)):
-            run.put_edges(columns[number], edges[number])
+        return given.out
 
     def _run_single(self, stage: Stage, batch: Batch, i: int, given: _Given) -> None:
         body = self._body(stage, batch, summed=True)
@@ -253,9 +211,39 @@ class Foreach(TorchBackend):
 
 
 class Compile(TorchBackend):
-    """Rules through torch.compile: one fused loop over memory for each stage, on CPU and GPU."""
+    """One fused loop over memory for each stage: on flat tensors on a CPU in C++, else through torch.compile."""
 
-    name, packed, chunk, by_rows = "compile", True, 2**40, True
+    name, packed, chunk = "compile", True, 2**40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loops: dict[Any, Loop | None] = {}
+
+    def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
+        """See :class:`Backend`."""
+        given = _given(stage, batch, sums)
+        count = 0 if given.factors is None else len(given.factors)
+        loop = self._loop(stage, batch, tuple(column[0] for column in batch.columns()), count)
+        if loop is None:
+            return super().run(stage, batch, sums)
+        return loop.run(batch, given.rows, given.scale, given.factors)
+
+    def takes_codes(self, stage: Stage, batch: Batch, state: Sequence[torch.Tensor | Codes]) -> bool:
+        """See :class:`Backend`."""
+        count = factor_count(stage.given)
+        return count is not None and self._loop(stage, batch, (batch.p[0], batch.g[0], *state), count) is not None
+
+    def _loop(
+        self, stage: Stage, batch: Batch, first: tuple[torch.Tensor | Codes, ...], factors: int
+    ) -> Loop | None:
+        """The loop for tensors such as the first of each column."""
+        if batch.p[0].device.type != "cpu":
+            return None
+        kept = tuple(each.code if isinstance(each, Codes) else each.dtype for each in first)
+        key = (stage, batch.prologue, batch.scalars.kind, batch.scale is None, kept, factors)
+        if key not in self._loops:
+            self._loops[key] = loop_of(stage, batch.prologue, batch.scalars.kind, batch.scale is not None, factors, kept)
+        return self._loops[key]
 
     def prepare(self, body: Body, stage: Stage) -> Body:
         # Dynamic: one program serves all sizes. A schedule recompiles nothing, since scalars are a tensor argument.

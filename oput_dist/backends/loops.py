@@ -1,0 +1,132 @@
+"""Stages on flat tensors on a CPU as loops in C++, each built when it is first needed."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+
+from oput_dist.kernels.cpp import CppLanguage, NotInCpp, Symbol, Trace, build
+from oput_dist.kernels.cpp_codes import tables
+from oput_dist.kernels.codes import Format
+from oput_dist.kernels.loops import SPAN, Column, loop_source
+from oput_dist.kernels.stage import Prologue, Stage
+
+from .batch import Batch, Codes
+from .body import body_of
+
+__all__ = ["Kept", "Loop", "loop_of"]
+
+Kept = torch.dtype | Format
+"""As what a tensor is in memory."""
+
+_CPP = CppLanguage()
+_DTYPES = (torch.float32, torch.bfloat16)
+"""Of parameters, gradients and state. Others go through torch.compile."""
+
+
+class Loop:
+    """A stage for tensors of given dtypes."""
+
+    def __init__(self, library: Any, terms: int) -> None:
+        self._library, self._terms = library, terms
+
+    def run(
+        self, batch: Batch, rows: torch.Tensor, scale: torch.Tensor | None, factors: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Run it on a batch.
+
+        Args:
+            batch: the tensors.
+            rows: the distinct rows of scalars.
+            scale: multiplies every gradient.
+            factors: ``[n, tensors]``.
+
+        Returns:
+            for a Measure the sums: ``[tensors, terms]``, float64.
+        """
+        sizes = [p.numel() for p in batch.p]
+        spans = [-(-size // SPAN) for size in sizes]
+        firsts = [0, *accumulate(spans)]
+        words = [sizes, batch.scalars.which, firsts[:-1], *(each for column in batch.columns() for each in _addresses(column))]
+        table = (ctypes.c_int64 * (len(words) * len(sizes)))(*chain.from_iterable(zip(*words, strict=True)))
+        partial = torch.empty(firsts[-1], self._terms, dtype=torch.float64, device="cpu")
+        each = None if factors is None else factors.t().contiguous()
+        self._library.run(
+            table,
+            ctypes.c_int64(len(sizes)),
+            ctypes.c_float(1.0 if scale is None else float(scale)),
+            _pointer(rows.contiguous()),
+            _pointer(each),
+            _pointer(partial),
+            *tables(),
+        )
+        if not self._terms:
+            return None
+        return torch.segment_reduce(partial, "sum", lengths=torch.tensor(spans, device="cpu"), axis=0)
+
+
+def _addresses(column: Sequence[torch.Tensor | Codes]) -> list[list[int]]:
+    if isinstance(column[0], Codes):
+        return [[each.codes.data_ptr() for each in column], [each.scales.data_ptr() for each in column]]  # type: ignore[union-attr]
+    return [[each.data_ptr() for each in column]]  # type: ignore[union-attr]
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def loop_of(stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors: int, kept: Sequence[Kept]) -> Loop | None:
+    """The loop of a stage; None where its rule has no C++ form, or nothing builds it.
+
+    Args:
+        stage: the stage.
+        prologue: what precedes the rule.
+        kind: the NamedTuple class of ``h``.
+        scaled: whether gradients have a scale.
+        factors: how many factors it is given.
+        kept: as what parameters, gradients and each state are in memory.
+    """
+    try:
+        source = _source(stage, prologue, kind, scaled, factors, kept)
+    except (NotInCpp, TypeError):
+        return None
+    library = build(source)
+    return None if library is None else Loop(library, len(stage.sums))
+
+
+def _source(stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors: int, kept: Sequence[Kept]) -> str:
+    trace = Trace()
+    aside = [2 + i for i in range(prologue.aside)]
+    for i, each in enumerate(kept):
+        if not (isinstance(each, Format) or each in _DTYPES or (i in aside and each == torch.int16)):
+            raise NotInCpp(str(each))
+    columns = [Column(each, _read(trace, f"x{i}", each)) for i, each in enumerate(kept)]
+    p, g, *state = (column.symbol for column in columns)
+    row = _Row([Symbol(trace, torch.float32, f"h.h{i}") for i in range(1 + len(kind._fields))])  # type: ignore[attr-defined]
+    scale = Symbol(trace, torch.float32, "h.scale") if scaled else None
+    c = tuple(Symbol(trace, torch.float32, f"h.c{i}") for i in range(factors))
+    assert isinstance(kept[0], torch.dtype)
+    body: Callable[..., Any] = body_of(stage, prologue, kind, summed=False, dtype=kept[0], language=_CPP)
+    terms = body(p, g, tuple(state), row, scale, c)
+    return loop_source(trace, columns, len(row.unbind()), factors, terms)
+
+
+def _read(trace: Trace, name: str, kept: Kept) -> Symbol:
+    if kept == torch.int16:
+        return Symbol(trace, torch.int32, name, torch.int16)
+    return Symbol(trace, torch.float32, name, None if isinstance(kept, Format) else kept)
+
+
+class _Row:
+    """Scalars as a body takes them."""
+
+    def __init__(self, symbols: list[Symbol]) -> None:
+        self._symbols = symbols
+
+    def unbind(self) -> list[Symbol]:
+        """One by one."""
+        return self._symbols
