@@ -11,7 +11,7 @@ import torch
 
 from oput_dist.kernels.language import HAS_TRITON
 
-from .batch import Backend, Batch, Row, Scalars, Stack, compute_dtype
+from .batch import Backend, Batch, Codes, Row, Scalars, Stack, compute_dtype
 from .coding import Job, decode, encode
 from .packing import PACK, SMALL
 from .torchlike import Compile, Eager, Foreach
@@ -24,6 +24,7 @@ __all__ = [
     "SMALL",
     "Backend",
     "Batch",
+    "Codes",
     "Job",
     "Row",
     "Scalars",

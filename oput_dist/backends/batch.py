@@ -147,3 +147,13 @@ class Backend(Protocol):
             that were summed; else nothing.
         """
         ...
+
+    def takes_codes(self, stage: Stage, batch: Batch, state: Sequence[torch.Tensor | Codes]) -> bool:
+        """Whether :meth:`run` takes codes in place of numbers, and writes them.
+
+        Args:
+            stage: the stage.
+            batch: what it would run on, but for its state.
+            state: of the first tensor, as it would be.
+        """
+        ...

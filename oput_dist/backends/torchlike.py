@@ -110,6 +110,10 @@ class TorchBackend:
         for number in _changed(stage, batch.prologue, len(lists)):
             torch._foreach_copy_(lists[number], gathered[number][1])
 
+    def takes_codes(self, stage: Stage, batch: Batch, state: Sequence[torch.Tensor | Codes]) -> bool:
+        """See :class:`Backend`."""
+        return False
+
     def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
         """See :class:`Backend`."""
         dtype = compute_dtype(batch.p[0].dtype)

@@ -12,7 +12,7 @@ from oput_dist.kernels.boxed import TILES, boxed, boxed_constexprs
 from oput_dist.kernels.grouped import BLOCK, constexprs, grouped, num_warps, segmented_sum
 from oput_dist.kernels.stage import Stage
 
-from .batch import Batch, Stack
+from .batch import Batch, Codes, Stack
 from .boxes import BoxedStack, fits, view_of
 from .torchlike import Compile, Eager
 from .transfer import on, send
@@ -74,6 +74,10 @@ class Triton:
             out = torch.empty(len(batch.p), terms, dtype=torch.float64, device=device)
             segmented_sum[(len(batch.p),)](partial, grid.first_tile, out, N_TERMS=terms, BLOCK=BLOCK)
         return out
+
+    def takes_codes(self, stage: Stage, batch: Batch, state: Sequence[torch.Tensor | Codes]) -> bool:
+        """See :class:`Backend`."""
+        return False
 
     def run_stacks(self, stage: Stage, batch: Batch, stacks: Sequence[Stack]) -> list[tuple[torch.Tensor, ...]]:
         """See :class:`Backend`. What the boxed kernel cannot run goes through torch."""

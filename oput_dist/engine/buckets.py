@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
 
 import torch
 
-from oput_dist.backends import Backend, Batch, decode, encode
+from oput_dist.backends import Backend, Batch, Codes, decode, encode
 from oput_dist.kernels.stage import Prologue, Write
 
 from .coded import Cell, Part
@@ -53,6 +53,10 @@ class Member:
         """Elements of the range."""
         return self.stop - self.start
 
+    def range(self, start: int, stop: int) -> Member:
+        """Another range of the slot."""
+        return replace(self, start=start, stop=stop)
+
     def part(self, values: torch.Tensor) -> torch.Tensor:
         """The range of a flat tensor of the whole slot."""
         return values if self.numel == self.slot.numel else values[self.start : self.stop]
@@ -85,6 +89,12 @@ class Bucket:
     def coded(self) -> bool:
         """Whether some of its state has codes."""
         return bool(self.members[0].cells)
+
+    @property
+    def codes(self) -> list[tuple[torch.Tensor | Codes, ...]] | None:
+        """The state as it is, if all codes are of whole blocks, and random bits are not drawn later; else None."""
+        found = [tuple(_direct(each, member) for each in member.state) for member in self.members]
+        return None if any(each is None for state in found for each in state) else found  # type: ignore[return-value]
 
     @property
     def divided(self) -> bool:
@@ -147,6 +157,13 @@ def _numbers(state: torch.Tensor | Cell | Tossed, member: Member, parts: Iterato
     return member.part(state)
 
 
+def _direct(state: torch.Tensor | Cell | Tossed, member: Member) -> torch.Tensor | Codes | None:
+    """One state of a member as it is in memory; None where it must be opened."""
+    if isinstance(state, Cell):
+        return state.direct(member.start, member.stop)
+    return None if isinstance(state, Tossed) else member.part(state)
+
+
 def _room(cell: Cell, member: Member) -> int:
     """Floats that the blocks of a range take; a multiple of 16 bytes, so that each begins as the first does."""
     return cell.blocks.range(member.start, member.stop).count * cell.code.block
@@ -162,7 +179,15 @@ def waves(members: Sequence[Member], divide: bool) -> Iterator[list[Member]]:
     if not members[0].cells:
         yield list(members)
         return
-    most = WAVE["cpu" if members[0].slot.device.type == "cpu" else "cuda"]
+    if members[0].slot.device.type != "cpu":
+        yield from _grouped(members, divide, WAVE["cuda"])
+        return
+    edges, inner = zip(*(_edges(member) if divide else ([member], []) for member in members), strict=True)
+    for some in (edges, inner):
+        yield from _grouped([part for parts in some for part in parts], divide, WAVE["cpu"])
+
+
+def _grouped(members: Sequence[Member], divide: bool, most: int) -> Iterator[list[Member]]:
     group: list[Member] = []
     for member in members:
         for part in _divided(member, most) if divide else [member]:
@@ -174,18 +199,36 @@ def waves(members: Sequence[Member], divide: bool) -> Iterator[list[Member]]:
         yield group
 
 
+def _edges(member: Member) -> tuple[list[Member], list[Member]]:
+    """The ends of a member that are parts of blocks, and what is between them, whose codes may be used as they are."""
+    begin, block = _aligned(member)
+    if begin is None:
+        return [member], []
+    end = begin + member.slot.numel
+    first = min(-begin % block, member.stop)
+    last = member.stop if end == member.slot.layout.shape.numel() else max(first, member.stop - end % block)
+    ends = [(0, first), (last, member.stop)]
+    return [member.range(*each) for each in ends if each[0] < each[1]], [member.range(first, last)] if first < last else []
+
+
 def _divided(member: Member, most: int) -> Iterator[Member]:
     """A member in ranges that end where blocks do; whole, where its piece is not consecutive in the parameter."""
-    slot, begins = member.slot, {cell.blocks.begin for cell in member.cells}
-    begin = begins.pop() if len(begins) == 1 else None
-    if begin is None or not slot.in_place or slot.numel <= most:
+    begin, block = _aligned(member)
+    if begin is None or member.numel <= most:
         yield member
         return
-    block, start = lcm(*(cell.code.block for cell in member.cells)), 0
+    start = member.start
     while start < member.stop:
         stop = min(member.stop, (begin + start + most) // block * block - begin)
-        yield Member(slot, start, stop, member.gradient, member.state)
+        yield member.range(start, stop)
         start = stop
+
+
+def _aligned(member: Member) -> tuple[int | None, int]:
+    """Where the piece begins in the whole, None if it is not consecutive there; and elements of the blocks of all codes."""
+    begins = {cell.blocks.begin for cell in member.cells}
+    begin = begins.pop() if len(begins) == 1 and member.slot.in_place else None
+    return begin, lcm(*(cell.code.block for cell in member.cells))
 
 
 def written(slot: Slot, accumulate: bool) -> torch.Tensor:

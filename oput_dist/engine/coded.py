@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oput_dist.backends import Job, backend, decode, encode
+from oput_dist.backends import Codes, Job, backend, decode, encode
 from oput_dist.kernels.codes import Format
 from oput_dist.layout import LayoutError, flat
 
@@ -170,6 +170,17 @@ class Cell:
         blocks, size = self.blocks.range(start, stop), self.code.block
         memory = memory[: blocks.count * size].view(blocks.count, size)
         return Part(self, blocks, memory, memory.view(-1)[blocks.lead : blocks.lead + stop - start])
+
+    def direct(self, start: int, stop: int) -> Codes | None:
+        """The codes of elements ``start:stop``, if they are those of whole blocks that are here alone."""
+        blocks = self.blocks.range(start, stop)
+        cut = self.blocks.cut
+        if self._coded is None or self.loaded is not None or self.blocks.begin is None or blocks.lead:
+            return None
+        if len(cut) and bool(((cut >= blocks.first) & (cut < blocks.first + blocks.count)).any()):
+            return None
+        own = slice(blocks.first, blocks.first + blocks.count)
+        return Codes(self.code, self._coded.codes[own], self._coded.scales[own])
 
     def finish(self) -> None:
         """Keep the codes, once all parts are coded."""

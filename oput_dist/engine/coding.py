@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from oput_dist.backends import choose
+from oput_dist.kernels.stage import Stage
 
 from .buckets import Bucket, Open, Scratch
 from .coded import Cell
@@ -46,17 +47,23 @@ class Coding:
         self._written: dict[Cell, None] = {}
 
     @contextmanager
-    def opened(self, bucket: Bucket, writes: bool) -> Iterator[None]:
-        """A bucket with its state as numbers; what a stage writes becomes codes."""
+    def opened(self, bucket: Bucket, stage: Stage) -> Iterator[None]:
+        """A bucket with its state as a stage takes it: mostly as numbers, which become codes where they are written."""
         if not bucket.coded:
             yield
             return
         device = bucket.slots[0].device
         backend = choose(self._backends, device, bucket.total)
+        codes = bucket.codes
+        if codes and backend.takes_codes(stage, bucket.batch, codes[0]):
+            bucket.batch.state = codes  # type: ignore[assignment]
+            yield
+            bucket.batch.state = []
+            return
         opened = Open(bucket, self._scratch, backend)
         yield
         bucket.batch.state = []
-        if writes:
+        if stage.writes_state:
             opened.close()
             self._written.update(dict.fromkeys(part.cell for part in opened.parts))
             if device in self._tables:

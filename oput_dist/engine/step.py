@@ -272,7 +272,7 @@ class Step:
                 matrices.run({index: memory for index, (memory,) in scratch.items()}, self.state, self._groups)
             for bucket in buckets:
                 if number < len(bucket.recipe.stages):
-                    with coding.opened(bucket, bucket.recipe.stages[number].writes_state) if coding else nullcontext():
+                    with coding.opened(bucket, bucket.recipe.stages[number]) if coding else nullcontext():
                         self._run_stage(number, bucket, between, boundaries, tables)
             if coding and any(r.stages[number].writes_state for r, _ in self._kinds if number < len(r.stages)):
                 coding.settle()
