@@ -51,7 +51,12 @@ class Loop:
         sizes = [p.numel() for p in batch.p]
         spans = [-(-size // SPAN) for size in sizes]
         firsts = [0, *accumulate(spans)]
-        words = [sizes, batch.scalars.which, firsts[:-1], *(each for column in batch.columns() for each in _addresses(column))]
+        words = [
+            sizes,
+            batch.scalars.which,
+            firsts[:-1],
+            *(each for column in batch.columns() for each in _addresses(column)),
+        ]
         table = (ctypes.c_int64 * (len(words) * len(sizes)))(*chain.from_iterable(zip(*words, strict=True)))
         partial = torch.empty(firsts[-1], self._terms, dtype=torch.float64, device="cpu")
         each = None if factors is None else factors.t().contiguous()
@@ -79,7 +84,9 @@ def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def loop_of(stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors: int, kept: Sequence[Kept]) -> Loop | None:
+def loop_of(
+    stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors: int, kept: Sequence[Kept]
+) -> Loop | None:
     """The loop of a stage; None where its rule has no C++ form, or nothing builds it.
 
     Args:

@@ -237,16 +237,16 @@ class Compile(TorchBackend):
         count = factor_count(stage.given)
         return count is not None and self._loop(stage, batch, (batch.p[0], batch.g[0], *state), count) is not None
 
-    def _loop(
-        self, stage: Stage, batch: Batch, first: tuple[torch.Tensor | Codes, ...], factors: int
-    ) -> Loop | None:
+    def _loop(self, stage: Stage, batch: Batch, first: tuple[torch.Tensor | Codes, ...], factors: int) -> Loop | None:
         """The loop for tensors such as the first of each column."""
         if batch.p[0].device.type != "cpu":
             return None
         kept = tuple(each.code if isinstance(each, Codes) else each.dtype for each in first)
         key = (stage, batch.prologue, batch.scalars.kind, batch.scale is None, kept, factors)
         if key not in self._loops:
-            self._loops[key] = loop_of(stage, batch.prologue, batch.scalars.kind, batch.scale is not None, factors, kept)
+            self._loops[key] = loop_of(
+                stage, batch.prologue, batch.scalars.kind, batch.scale is not None, factors, kept
+            )
         return self._loops[key]
 
     def prepare(self, body: Body, stage: Stage) -> Body:

@@ -208,7 +208,9 @@ def _edges(member: Member) -> tuple[list[Member], list[Member]]:
     first = min(-begin % block, member.stop)
     last = member.stop if end == member.slot.layout.shape.numel() else max(first, member.stop - end % block)
     ends = [(0, first), (last, member.stop)]
-    return [member.range(*each) for each in ends if each[0] < each[1]], [member.range(first, last)] if first < last else []
+    return [member.range(*each) for each in ends if each[0] < each[1]], [
+        member.range(first, last)
+    ] if first < last else []
 
 
 def _divided(member: Member, most: int) -> Iterator[Member]:
