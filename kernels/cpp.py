@@ -94,13 +94,16 @@ static int omp_get_thread_num() { return 0; }
 """
 
 
+FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=off", "-fsigned-zeros")
+"""What Inductor sets another way, or not for certain."""
+
+
 def build(source: str) -> Any:
     """A library, built once for a machine by what builds torch.compile's code; None where that does not work."""
-    flags = ("-ftree-loop-vectorize", "-ffp-contract=off", "-fsigned-zeros")  # not as Inductor sets them
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        return CppCodeCache.load(source, "cpu", extra_flags=flags)
+        return CppCodeCache.load(source, "cpu", extra_flags=FLAGS)
     except Exception:  # whatever its parts raise
         return None
 

@@ -14,11 +14,13 @@ from oput_dist.backends import Batch, Codes, Scalars, backend, decode, encode
 from oput_dist.backends.body import body_of, factors_of
 from oput_dist.backends.loops import Loop, loop_of
 from oput_dist.kernels.codes import Format, format_of
+from oput_dist.kernels.cpp import FLAGS
 from oput_dist.kernels.language import _TorchLanguage
 from oput_dist.kernels.loops import BLOCK, SPAN
-from oput_dist.kernels.stage import Agreement, Cautious, Decay, Measure, Prologue, Stage, Update, Write, plain
+from oput_dist.kernels.stage import Agreement, Cautious, Decay, Measure, Prologue, Stage, Write, plain
 
 SIZES = (1, 15, 16, 17, BLOCK, 3 * BLOCK + 5, SPAN, SPAN + 1, 3 * SPAN + 77)
+PLAIN = Prologue()
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -77,7 +79,7 @@ def agree(got: Batch, wanted: Batch) -> None:
 
 
 def runs_alike(
-    optimizer: oput.Optimizer, stage: Stage, state: list[torch.dtype], prologue: Prologue = Prologue(), **options: Any
+    optimizer: oput.Optimizer, stage: Stage, state: list[torch.dtype], prologue: Prologue = PLAIN, **options: Any
 ) -> None:
     dtype, grad_dtype = options.get("p", FP32), options.get("g", FP32)
     one = batch(optimizer, [dtype, grad_dtype, *state], prologue, options.get("scaled", False))
@@ -169,8 +171,10 @@ def test_numbers_that_are_none(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
 def test_codes_are_worked_on_as_they_are(form: str) -> None:
-    """AdamW on codes, against decoding by torch, a step on the numbers, and coding by torch. State becomes small, so that
-    what a last block has beyond the tensor would be the largest in it."""
+    """AdamW on codes, against decoding by torch, a step on the numbers, and coding by torch.
+
+    State becomes small, so that what a last block has beyond the tensor would be the largest in it.
+    """
     optimizer, (stage,) = stages("adamw", betas=(0.1, 0.1))
     one = batch(optimizer, [FP32] * 4, Prologue(Decay.SHRINK), scaled=False)
     one.scale = torch.tensor(1e-3, dtype=torch.float64)
@@ -217,6 +221,16 @@ def test_sums_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     assert found[0] is not None
     assert all(torch.equal(each, found[0]) for each in found)  # type: ignore[arg-type]
+
+
+def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where registers of sixteen floats are not written by hand, compilers make vectors."""
+    monkeypatch.setattr("oput_dist.kernels.cpp.FLAGS", (*FLAGS, "-mno-avx512f"))
+    monkeypatch.setattr(backend("compile"), "_loops", {})
+    test_rules_with_norms()
+    test_what_is_around_rules(Prologue(Decay.SHRINK, write=Write.KAHAN), {"p": BF16, "g": BF16})
+    test_numbers_that_are_none(BF16)
+    test_codes_are_worked_on_as_they_are("int8")
 
 
 def test_which_rules_have_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:

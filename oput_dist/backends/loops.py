@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from oput_dist.kernels.codes import Format
 from oput_dist.kernels.cpp import CppLanguage, NotInCpp, Symbol, Trace, build
 from oput_dist.kernels.cpp_codes import tables
-from oput_dist.kernels.codes import Format
 from oput_dist.kernels.loops import SPAN, Column, loop_source
 from oput_dist.kernels.stage import Prologue, Stage
 

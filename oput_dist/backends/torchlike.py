@@ -17,8 +17,8 @@ from oput_dist.kernels.stage import Axes, Prologue, Stage, Update, Write, measur
 from .adjacent import joined
 from .batch import Batch, Codes, Stack, compute_dtype
 from .body import Body, body_of, factor_count, factors_of
-from .packing import Pack, packs, segment_sums
 from .loops import Loop, loop_of
+from .packing import Pack, packs, segment_sums
 from .transfer import send
 
 __all__ = ["Compile", "Eager", "Foreach", "TorchBackend"]
