@@ -1,7 +1,7 @@
 """Codes of one block in C++: to numbers and back.
 
-The arithmetic is the rules' of :mod:`.codes`, traced; decoding looks up what they computed of each code. Bits are those of
-every other backend.
+The arithmetic is the rules' of :mod:`.codes`, traced; decoding looks up what they computed of each code. Bits are
+those of every other backend.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .codes import Format
-from .cpp import OPENMP, PRELUDE, Symbol, Trace
+from .cpp import OPENMP, PRELUDE
 from .cpp_codes import codes_source, decoding, encoding
 
 __all__ = ["BLOCK", "SPAN", "Column", "loop_source"]
@@ -32,8 +32,10 @@ class Column:
 
     kept: torch.dtype | Format
     """As what it is in memory."""
-    symbol: Symbol
-    """Its element in the trace, which knows what is written there."""
+    read: bool
+    """Whether the rule looks at it."""
+    written: str | None
+    """The variable that is stored there."""
 
     @property
     def coded(self) -> bool:
@@ -46,24 +48,26 @@ class Column:
         return "float" if isinstance(self.kept, Format) else _C_TYPES[self.kept]
 
 
-def loop_source(trace: Trace, columns: Sequence[Column], scalars: int, factors: int, terms: Sequence[Symbol]) -> str:
+def loop_source(
+    lines: Sequence[str], columns: Sequence[Column], scalars: int, factors: int, terms: Sequence[str]
+) -> str:
     """A library with ``run(table, tensors, scale, rows, factors, partial, tables, bytes)``.
 
     ``table`` has for every tensor: elements, number of its row of scalars, number of its first span, and for each
     column an address, of codes that of the scales too. ``partial`` gets the sums of each span.
 
     Args:
-        trace: what is done to an element; it reads ``x0``, ``x1``, ... of the columns, ``h.h0``, ... the scalars,
-            ``h.c0``, ... the factors, and ``h.scale``.
+        lines: what is done to an element, by ``x0``, ``x1``, ... of the columns, ``h.h0``, ... of the scalars, ``h.c0``, ...
+            of the factors, and ``h.scale``.
         columns: the tensors.
         scalars, factors: how many.
-        terms: what is summed.
+        terms: the variables that are summed.
     """
     pointers = [f"{each.c_type}* __restrict p{i}" for i, each in enumerate(columns)]
     sums = [f"float* __restrict sum{i}" for i in range(len(terms))]
-    reads = [f"const {_kind(each)} x{i} = load(p{i});" for i, each in enumerate(columns)]
-    writes = [f"store(p{i}, {each.symbol.written});" for i, each in enumerate(columns) if each.symbol.written]
-    writes += [f"store(sum{i}, {term.text});" for i, term in enumerate(terms)]
+    writes = [f"store(p{i}, {each.written});" for i, each in enumerate(columns) if each.written]
+    writes += [f"store(sum{i}, {term});" for i, term in enumerate(terms)]
+    reads = [f"const {_kind(each)} x{i} = load(p{i});" for i, each in enumerate(columns) if each.read]
     names = [f"h{i}" for i in range(scalars)] + [f"c{i}" for i in range(factors)] + ["scale"]
     codes = codes_source() if any(each.coded for each in columns) else ""
     newline = "\n    "
@@ -73,7 +77,7 @@ constexpr int TERMS = {len(terms)}, WORDS = {3 + sum(2 if each.coded else 1 for 
 struct Scalars {{ F {", ".join(names)}; }};
 {_SUM}
 static inline void element({", ".join([*pointers, *sums])}, const Scalars& h) {{
-    {newline.join([*reads, *trace.lines, *writes])}
+    {newline.join([*reads, *lines, *writes])}
 }}
 
 static void block(const int64_t* t, int64_t at, int n, const Scalars& h, double* lanes, const float* tables,
@@ -103,11 +107,14 @@ def _block_lines(columns: Sequence[Column], terms: int) -> list[str]:
                 f"uint8_t* codes{i} = (uint8_t*)t[{word}] + at / {code.block} * {code.width};",
                 f"float* scales{i} = (float*)t[{word + 1}] + at / {code.block};",
                 f"alignas(64) float p{i}[BLOCK];",
-                f"for (int k = 0; k * {code.block} < n; ++k) "
-                + decoding(code, f"codes{i} + k * {code.width}", f"scales{i}[k]", f"p{i} + k * {code.block}")
-                + ";",
             ]
-            if each.symbol.written:
+            if each.read:
+                lines.append(
+                    f"for (int k = 0; k * {code.block} < n; ++k) "
+                    + decoding(code, f"codes{i} + k * {code.width}", f"scales{i}[k]", f"p{i} + k * {code.block}")
+                    + ";"
+                )
+            if each.written:
                 numbers = f"p{i} + k * {code.block}"
                 ends += [
                     f"for (int j = n; j < BLOCK; ++j) p{i}[j] = 0.0f;",
@@ -121,9 +128,9 @@ def _block_lines(columns: Sequence[Column], terms: int) -> list[str]:
         word += 1
     lines += [f"alignas(64) float sum{i}[BLOCK];" for i in range(terms)]
     ahead = [
-        f"__builtin_prefetch(p{i} + j + {_AHEAD}, {int(bool(each.symbol.written))});"
+        f"__builtin_prefetch(p{i} + j + {_AHEAD}, {int(bool(each.written))});"
         for i, each in enumerate(columns)
-        if not each.coded
+        if not each.coded and (each.read or each.written)
     ]
     here = ", ".join([f"p{i} + j" for i in range(len(columns))] + [f"sum{i} + j" for i in range(terms)] + ["h"])
     lines += ["int j = 0;", "#ifdef __AVX512F__"]
@@ -139,12 +146,13 @@ def _tail_lines(columns: Sequence[Column], terms: int) -> list[str]:
     lines = []
     for i, each in enumerate(columns):
         lines.append(f"{each.c_type} last{i}[LANES] = {{}};")
-        lines.append(f"std::memcpy(last{i}, p{i} + j, (n - j) * sizeof(last{i}[0]));")
+        if each.read:
+            lines.append(f"std::memcpy(last{i}, p{i} + j, (n - j) * sizeof(last{i}[0]));")
     lines += [f"float part{i}[LANES];" for i in range(terms)]
     arguments = [f"last{i}" for i in range(len(columns))] + [f"part{i}" for i in range(terms)] + ["h"]
     lines.append(f"element({', '.join(arguments)});")
     for i, each in enumerate(columns):
-        if each.symbol.written:
+        if each.written:
             lines.append(f"std::memcpy(p{i} + j, last{i}, (n - j) * sizeof(last{i}[0]));")
     lines += [f"std::memcpy(sum{i} + j, part{i}, (n - j) * sizeof(float));" for i in range(terms)]
     return [f"    {line}" for line in lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from typing import Any
@@ -111,15 +112,17 @@ def _source(stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors:
     for i, each in enumerate(kept):
         if not (isinstance(each, Format) or each in _DTYPES or (i in aside and each == torch.int16)):
             raise NotInCpp(str(each))
-    columns = [Column(each, _read(trace, f"x{i}", each)) for i, each in enumerate(kept)]
-    p, g, *state = (column.symbol for column in columns)
+    columns = [_read(trace, f"x{i}", each) for i, each in enumerate(kept)]
+    p, g, *state = columns
     row = _Row([Symbol(trace, torch.float32, f"h.h{i}") for i in range(1 + len(kind._fields))])  # type: ignore[attr-defined]
     scale = Symbol(trace, torch.float32, "h.scale") if scaled else None
     c = tuple(Symbol(trace, torch.float32, f"h.c{i}") for i in range(factors))
     assert isinstance(kept[0], torch.dtype)
     body: Callable[..., Any] = body_of(stage, prologue, kind, summed=False, dtype=kept[0], language=_CPP)
-    terms = body(p, g, tuple(state), row, scale, c)
-    return loop_source(trace, columns, len(row.unbind()), factors, terms)
+    terms = [term.text for term in body(p, g, tuple(state), row, scale, c)]
+    used = set(re.findall(r"\w+", " ".join([*trace.lines, *terms, *(x.written for x in columns if x.written)])))
+    made = [Column(each, x.text in used, x.written) for each, x in zip(kept, columns, strict=True)]
+    return loop_source(trace.lines, made, len(row.unbind()), factors, terms)
 
 
 def _read(trace: Trace, name: str, kept: Kept) -> Symbol:
