@@ -57,8 +57,8 @@ def loop_source(
     column an address, of codes that of the scales too. ``partial`` gets the sums of each span.
 
     Args:
-        lines: what is done to an element, by ``x0``, ``x1``, ... of the columns, ``h.h0``, ... of the scalars, ``h.c0``, ...
-            of the factors, and ``h.scale``.
+        lines: what is done to an element, by ``x0``, ``x1``, ... of the columns, ``h.h0``, ... of the scalars,
+            ``h.c0``, ... of the factors, and ``h.scale``.
         columns: the tensors.
         scalars, factors: how many.
         terms: the variables that are summed.

@@ -227,7 +227,7 @@ def _divided(member: Member, most: int) -> Iterator[Member]:
 
 
 def _aligned(member: Member) -> tuple[int | None, int]:
-    """Where the piece begins in the whole, None if it is not consecutive there; and elements of what all codes align to."""
+    """Where the piece begins in the whole, None if not consecutive there; and of how many elements all blocks are."""
     begins = {cell.blocks.begin for cell in member.cells}
     begin = begins.pop() if len(begins) == 1 and member.slot.in_place else None
     return begin, lcm(*(cell.code.block for cell in member.cells))
