@@ -99,13 +99,10 @@ FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=off", "-fsigned-zeros")
 
 
 def build(source: str) -> Any:
-    """A library, built once for a machine by what builds torch.compile's code; None where that does not work."""
-    try:
-        from torch._inductor.codecache import CppCodeCache
+    """A library, built once for a machine by what builds torch.compile's code; raises what that raises."""
+    from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
-        return CppCodeCache.load(source, "cpu", extra_flags=FLAGS)
-    except Exception:  # whatever its parts raise
-        return None
+    return CppCodeCache.load(source, "cpu", extra_flags=FLAGS)
 
 
 _TYPES = {torch.float32: "F", torch.int32: "I", torch.bool: "B"}

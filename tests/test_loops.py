@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import oput_dist as oput
-from oput_dist.backends import Batch, Codes, Scalars, backend, decode, encode
+from oput_dist.backends import COMPILE_FROM, Batch, Codes, Scalars, backend, decode, encode
 from oput_dist.backends.body import body_of, factors_of
 from oput_dist.backends.loops import Loop, loop_of
 from oput_dist.kernels.codes import Format, format_of
@@ -18,6 +21,7 @@ from oput_dist.kernels.cpp import FLAGS
 from oput_dist.kernels.language import _TorchLanguage
 from oput_dist.kernels.loops import BLOCK, SPAN
 from oput_dist.kernels.stage import Agreement, Cautious, Decay, Measure, Prologue, Stage, Write, plain
+from tests.pool import Pool
 
 SIZES = (1, 15, 16, 17, BLOCK, 3 * BLOCK + 5, SPAN, SPAN + 1, 3 * SPAN + 77)
 PLAIN = Prologue()
@@ -231,6 +235,29 @@ def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     test_what_is_around_rules(Prologue(Decay.SHRINK, write=Write.KAHAN), {"p": BF16, "g": BF16})
     test_numbers_that_are_none(BF16)
     test_codes_are_worked_on_as_they_are("int8")
+
+
+def trained(sharded: bool) -> torch.Tensor:
+    """AdamW with the default backend on a parameter large enough for C++, of which a shard would not be."""
+    made = torch.Generator().manual_seed(0)
+    whole, grads = torch.randn(1024, 1030, generator=made), [torch.randn(1024, 1030, generator=made) for _ in range(2)]
+    place: Callable[[torch.Tensor], torch.Tensor] = lambda t: t  # noqa: E731
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        place = lambda t: distribute_tensor(t, mesh, [Shard(0)])  # noqa: E731
+    p = torch.nn.Parameter(place(whole))
+    optimizer = oput.AdamW([p], lr=0.01)
+    for grad in grads:
+        p.grad = place(grad)
+        optimizer.step()
+    return p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
+
+
+def test_shards_are_not_taken_for_small_parameters(pool: Pool) -> None:
+    """Else roots would differ by a unit from those of one process."""
+    wanted = trained(False)
+    assert 1024 * 1030 / 2 < COMPILE_FROM < 1024 * 1030
+    assert all(torch.equal(found, wanted) for found in pool.run(2, trained, True))
 
 
 def test_which_rules_have_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from oput_dist.kernels.cpp import build
 from oput_dist.kernels.language import HAS_TRITON
 
 from .batch import Backend, Batch, Codes, Row, Scalars, Stack, compute_dtype
@@ -41,8 +42,8 @@ __all__ = [
 BACKENDS = ("triton", "compile", "foreach", "eager")
 """All backends, the fastest first."""
 
-COMPILE_FROM = 2**22
-"""Elements on a CPU from which the default is ``compile``: below, compiling takes longer than it can save."""
+COMPILE_FROM = 2**20
+"""Elements on a CPU from which the default is ``compile``: below, building takes longer than it can save."""
 
 
 @functools.cache
@@ -66,7 +67,10 @@ def check_backend(name: str) -> None:
 
 
 def choose(allowed: Sequence[str], device: torch.device, numel: int) -> Backend:
-    """The fastest of the allowed backends for tensors of ``numel`` elements together on ``device``.
+    """The fastest of the allowed backends for parameters of ``numel`` elements together on ``device``.
+
+    They are counted whole, so that no sharding chooses otherwise than one process: roots differ by a unit in the last
+    place between ``foreach`` and ``compile``.
 
     ``triton`` on CUDA and ROCm; on a CPU ``compile`` from :data:`COMPILE_FROM` elements on where there is a C++
     compiler, else ``foreach``. A single allowed backend is taken whatever the size.
@@ -93,17 +97,12 @@ def choose(allowed: Sequence[str], device: torch.device, numel: int) -> Backend:
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile can build CPU code here, by trying: it needs a C++ compiler that works."""
+    """Whether CPU code can be built here, by trying: it needs a C++ compiler that works."""
     try:
-        torch.compile(_probe, dynamic=True)(torch.ones(3, device="cpu"))
-    except Exception as error:  # whatever its many parts raise, the other backends remain
+        build('extern "C" int one() { return 1; }')
+    except Exception as error:  # whatever torch's parts raise, the other backends remain
         warnings.warn(
-            f"torch.compile does not work on this machine, so backend='foreach' is used on the CPU: {error}",
-            stacklevel=2,
+            f"no C++ can be built on this machine, so backend='foreach' is used on the CPU: {error}", stacklevel=2
         )
         return False
     return True
-
-
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    return x + 1

@@ -102,8 +102,10 @@ def loop_of(
         source = _source(stage, prologue, kind, scaled, factors, kept)
     except (NotInCpp, TypeError):
         return None
-    library = build(source)
-    return None if library is None else Loop(library, len(stage.sums))
+    try:
+        return Loop(build(source), len(stage.sums))
+    except Exception:  # whatever torch's parts raise: they will again, and say it, when torch.compile is asked
+        return None
 
 
 def _source(stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors: int, kept: Sequence[Kept]) -> str:

@@ -77,7 +77,7 @@ class Bucket:
     """Without state where that has codes, while it is closed."""
     steps: list[int]
     total: int
-    """Elements of all buckets that are updated alike: what the backend is chosen by."""
+    """Elements of all parameters that are updated alike, whole: what the backend is chosen by."""
     slots: list[Slot] = field(init=False)
     numels: list[int] = field(init=False)
 

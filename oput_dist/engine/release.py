@@ -240,7 +240,7 @@ class Release:
             kinds.setdefault((recipe, prologue_of(recipe, group), slot.dtype, slot.device), []).append(slot)
         self._slots, self._backends, self._parts, self._plan = {}, {}, {}, plan
         for number, slots in enumerate(kinds.values()):
-            numel = sum(slot.numel for slot in slots if slot.parameter.requires_grad)
+            numel = sum(slot.layout.shape.numel() for slot in slots)
             chosen = choose(optimizer._options.backends, slots[0].device, numel).name
             for slot in slots:
                 self._slots.setdefault(id(slot.parameter), []).append(slot)

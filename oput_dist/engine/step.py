@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ class Step:
         for key, every in kinds.items():
             recipe, prologue = self._kinds[key[0]]
             whole = any(recipe.boxed(number) for number in range(len(recipe.stages)))
-            total = sum(member.numel for member in every)
+            total = self._elements(key[0])
             flats = {member.slot: written(member.slot, self._options.accumulate) for member in every}
             for members in waves(every, divide=not whole):
                 slots = [member.slot for member in members]
@@ -224,6 +225,16 @@ class Step:
                 )
                 buckets.append(Bucket(members, recipe, batch, [self._steps[slot] for slot in slots], total))
         return buckets
+
+    def _elements(self, kind: int) -> int:
+        """Of the whole parameters of a kind."""
+        key = ("elements", tuple(self._kind))
+        if key not in self._plan.memo:
+            counted = Counter[int]()
+            for slot, number in zip(self._plan.slots, self._kind, strict=True):
+                counted[number] += slot.layout.shape.numel()
+            self._plan.memo[key] = counted
+        return int(self._plan.memo[key][kind])
 
     def scalars_of(self, slots: Sequence[Slot]) -> Scalars:
         """The scalars of slots that are updated alike; one that does not count now is taken at its first step."""
