@@ -12,6 +12,7 @@ import torch
 from oput_dist.kernels.language import HAS_TRITON
 
 from .batch import Backend, Batch, Row, Scalars, Stack, compute_dtype
+from .carrier import Carrier, Move, Space, to_host, zeros_on_host
 from .coding import Job, decode, encode
 from .packing import PACK, SMALL
 from .torchlike import Compile, Eager, Foreach
@@ -24,9 +25,12 @@ __all__ = [
     "SMALL",
     "Backend",
     "Batch",
+    "Carrier",
     "Job",
+    "Move",
     "Row",
     "Scalars",
+    "Space",
     "Stack",
     "backend",
     "check_backend",
@@ -35,6 +39,8 @@ __all__ = [
     "decode",
     "encode",
     "send",
+    "to_host",
+    "zeros_on_host",
 ]
 
 BACKENDS = ("triton", "compile", "foreach", "eager")

@@ -16,6 +16,7 @@ from oput_dist.layout import Fragment
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
+from .forms import put_away
 from .match import matched, owner_of
 from .matrices import matrices_in, owning_slots
 from .owned import kept_by
@@ -71,6 +72,7 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
     for entry in entries:
         adopt(entry, state[entry.slot.parameter])
+        put_away(entry.slot, state[entry.slot.parameter], entry.tensors, optimizer.options)
     if owning_slots(optimizer, plan, groups):
         _settle(optimizer, plan, groups, entries, state)
     optimizer.__setstate__({"state": state, "param_groups": groups})

@@ -174,8 +174,8 @@ class Fragment(Layout):
     def piece_of_state(self, value: torch.Tensor) -> torch.Tensor:
         return value if self._alone or tuple(value.shape) != (self._size,) else value[self._range]
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(self._size, dtype=dtype, device=self.device)
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        return torch.zeros(self._size, dtype=dtype, device=device or self.device)
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):

@@ -40,8 +40,8 @@ class Plain(Layout):
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=self.device).zero_()
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device or self.device).zero_()
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):
