@@ -144,8 +144,8 @@ def state_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
     if not getattr(getattr(origin, "options", None), "opens", False):
         return optimizer.state[p]
     slots = [slot for slot in origin._current_plan().slots if slot.parameter is p]
-    recipes = [origin.recipe(origin.param_groups[slot.group], slot.layout.shape) for slot in slots]
-    names = [COMPENSATION, *dict.fromkeys(name for recipe in recipes for name in recipe.state)]
+    groups = origin.param_groups
+    names = [(COMPENSATION, *origin.recipe(groups[slot.group], slot.layout.shape).state) for slot in slots]
     return with_tensors(slots, optimizer.state[p], names)
 
 

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import fully_shard
 
 import oput_dist as oput
+from benchmarks import hosting_checks
+from benchmarks.checks import Setup
 from oput_dist.backends import Carrier
 from oput_dist.engine.buckets import WAVE
 from oput_dist.engine.hosted import Home, Hosted
@@ -102,7 +104,7 @@ CODED = {"state_dtype": "int8", "state_overrides": {"*": "int8"}}
 
 def hosted(case: Case, **options: Any) -> Case:
     """A case whose state is apart from the parameters."""
-    return replace(case, options={**case.options, "state_device": APART, **options}, partly=case.partly and not options)
+    return replace(case, options={**case.options, "state_device": APART, **options}, partly=False)
 
 
 FEW = [hosted(BY_NAME[name]) for name in ("adamw", "lion", "lamb", "adafactor")]
@@ -332,6 +334,13 @@ def test_a_carrier_copies_in_order_and_keeps_its_spaces() -> None:
     assert len(set(seen)) == 2
     assert seen[:2] == seen[2:]
     assert carrier.reserve(30).memory.numel() == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_for_gpus_runs(dtype: torch.dtype) -> None:
+    setup = Setup(torch.device("cpu"), dtype, backend="foreach")
+    for options in ({}, {"state_dtype": "int8"}):
+        assert hosting_checks.hosted_steps("adamw", setup, 1, 3, options).ok
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,11 +39,13 @@ class Space:
         memory: bytes; what was there before is lost.
         arrived: when all is there.
         left: when all is copied out, and it may be overwritten.
+        streams: that the allocator knows to use the memory.
     """
 
     memory: torch.Tensor
     arrived: Any = None
     left: Any = None
+    streams: set[Any] = field(default_factory=set)
 
 
 class Carrier:
@@ -70,10 +72,8 @@ class Carrier:
         if space.memory.numel() < size:
             space.memory = space.memory[:0].clone()  # free it before there is another
             space.memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            space.streams = set()
             self._inward.wait_stream(self._current())  # which may still use what was there before
-            if self._device.type != "cpu":  # the allocator is to know who else uses it
-                space.memory.record_stream(self._inward)
-                space.memory.record_stream(self._outward)
         return space
 
     def bring(self, space: Space, moves: Iterable[Move], after: Iterable[Any]) -> None:
@@ -81,6 +81,7 @@ class Carrier:
         for event in (space.left, *dict.fromkeys(after)):
             if event is not None:
                 self._inward.wait_event(event)
+        self._enter(space, self._inward)
         with self._streams.stream(self._inward):
             for there, here in moves:
                 here.copy_(there, non_blocking=True)
@@ -88,6 +89,7 @@ class Carrier:
 
     def arrive(self, space: Space) -> None:
         """Have what is launched from now on wait for what was brought."""
+        self._enter(space, self._current())
         if space.arrived is not None:
             self._current().wait_event(space.arrived)
 
@@ -101,11 +103,18 @@ class Carrier:
         if moves:
             if space.left is not None:
                 self._outward.wait_event(space.left)
+            self._enter(space, self._outward)
             with self._streams.stream(self._outward):
                 for there, here in moves:
                     there.copy_(here, non_blocking=True)
                 space.left = self._outward.record_event()
         return space.left
+
+    def _enter(self, space: Space, stream: Any) -> None:
+        """Have the allocator keep the memory, should it be freed, until a stream is done with it."""
+        if self._device.type != "cpu" and stream not in space.streams:
+            space.memory.record_stream(stream)
+            space.streams.add(stream)
 
     def _current(self) -> Any:
         return self._streams.current_stream(self._device)

@@ -140,7 +140,7 @@ def lost_of(slot: Slot, state: State) -> torch.Tensor | Hosted | None:
 # ----------------------------------------------------------------------------------------------------- for checkpoints
 
 
-def with_tensors(slots: Sequence[Slot], state: State, names: Sequence[str]) -> dict[str, Any]:
+def with_tensors(slots: Sequence[Slot], state: State, names: Sequence[Sequence[str]]) -> dict[str, Any]:
     """The state of a parameter as checkpoints hold it: tensors in place of codes, and of what its originals keep apart.
 
     What lives on the host stays on the CPU.
@@ -148,11 +148,11 @@ def with_tensors(slots: Sequence[Slot], state: State, names: Sequence[str]) -> d
     Args:
         slots: of the parameter.
         state: of the parameter.
-        names: of state in the shape of the parameter.
+        names: for each slot, of state in the shape of the parameter: the same name may be other state of another.
     """
     result = dict(state)
-    for slot in slots:
-        _merge(slot, result, names, HOST)
+    for slot, own in zip(slots, names, strict=True):
+        _merge(slot, result, own, HOST)
     return result
 
 

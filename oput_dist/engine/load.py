@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from oput_dist.layout import Fragment
+from oput_dist.layout.dtensor import whole_tensor
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
@@ -345,7 +346,7 @@ def adopt(entry: _Entry, state: dict[str, Any]) -> None:
         if isinstance(layout, Fragment) and entry.slot.shared and not entry.joint:
             if name not in state:
                 state[name] = layout.zeros(value.dtype)
-            layout.put(state[name], value.full_tensor() if isinstance(value, DTensor) else value)
+            layout.put(state[name], whole_tensor(value) if isinstance(value, DTensor) else value)
         else:
             state[name] = layout.adopt(value)
     for name, (value, shape) in entry.vectors.items():

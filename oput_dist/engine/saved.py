@@ -81,9 +81,8 @@ def _decode(optimizer: Any, saved: dict[str, Any]) -> None:
         for parameter, key in zip(group["params"], packed["params"], strict=True):
             if saved["state"].get(key):
                 slots = every[parameter]
-                recipes = [optimizer.recipe(group, slot.layout.shape) for slot in slots]
-                names = dict.fromkeys((COMPENSATION, *(name for recipe in recipes for name in recipe.state)))
-                saved["state"][key] = with_tensors(slots, saved["state"][key], list(names))
+                names = [(COMPENSATION, *optimizer.recipe(group, slot.layout.shape).state) for slot in slots]
+                saved["state"][key] = with_tensors(slots, saved["state"][key], names)
 
 
 def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from .base import Layout, LayoutError
 from .box import Box, Index, one_box
 from .flat import dense_strides
 
-__all__ = ["Distributed", "Sizes", "index_on", "local_tensor"]
+__all__ = ["Distributed", "Sizes", "index_on", "local_tensor", "whole_tensor"]
 
 
 class Distributed(Layout):
@@ -195,6 +195,12 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
     """The local piece as a plain tensor, without autograd's copy; waits for a collective that still runs."""
     local = tensor._local_tensor
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def whole_tensor(tensor: DTensor) -> torch.Tensor:
+    """The whole, also of one whose pieces are on the CPU while its ranks communicate on GPUs."""
+    near: DTensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]
+    return near.full_tensor()
 
 
 # --------------------------------------------------------------------------------------------- which indices a rank has

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, in_order
+from .dtensor import whole_tensor
 from .plain import Plain
 
 __all__ = [
@@ -179,7 +180,7 @@ class Fragment(Layout):
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):
-            value = value.full_tensor()
+            value = whole_tensor(value)
         if tuple(value.shape) == (self._size,):
             return self.zeros(value.dtype).copy_(value)
         if not self._alone or value.shape != self.shape:
