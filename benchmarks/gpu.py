@@ -105,7 +105,7 @@ def sections(device: torch.device) -> list[Section]:
         for state in ("int8", "fp8", "int4")
     ]
     found.append(("coded state", 30.0, coded))
-    found.append(("state in host memory", 60.0, hosting_jobs(device)))
+    found.append(("state in host memory", 45.0, hosting_jobs(device)))
     if cuda:
         host: list[Job] = [(f"no waiting: {v.name}", cuda_checks.no_synchronization, (v, fp32)) for v in plain]
         host += [(f"schedule: {v.name}", cuda_checks.schedule_compiles_nothing, (v, fp32)) for v in few]

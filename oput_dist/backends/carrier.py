@@ -78,7 +78,7 @@ class Carrier:
 
     def bring(self, space: Space, moves: Iterable[Move], after: Iterable[Any]) -> None:
         """Copy from the host into a space, once it is free and these events have happened."""
-        for event in (space.left, *dict.fromkeys(after)):
+        for event in {id(event): event for event in (space.left, *after)}.values():
             if event is not None:
                 self._inward.wait_event(event)
         self._enter(space, self._inward)
