@@ -24,7 +24,7 @@ from oput_dist.kernels.codes import FORMATS
 from oput_dist.kernels.symmetric import SUPPORTED
 from oput_dist.matrix.orthogonal import polar_express
 
-from . import checks, coding_checks, cuda_checks, machine_code, matrices, matrix_checks
+from . import checks, coding_checks, cuda_checks, hosting_checks, machine_code, matrices, matrix_checks
 from .checks import Result, Setup
 from .peers import candidates
 from .report import machine, plain_table, timing_table, write
@@ -105,6 +105,7 @@ def sections(device: torch.device) -> list[Section]:
         for state in ("int8", "fp8", "int4")
     ]
     found.append(("coded state", 30.0, coded))
+    found.append(("state in host memory", 45.0, hosting_jobs(device)))
     if cuda:
         host: list[Job] = [(f"no waiting: {v.name}", cuda_checks.no_synchronization, (v, fp32)) for v in plain]
         host += [(f"schedule: {v.name}", cuda_checks.schedule_compiles_nothing, (v, fp32)) for v in few]
@@ -115,6 +116,28 @@ def sections(device: torch.device) -> list[Section]:
         ]
         found.append(("the host's side", 90.0, host))
     return found
+
+
+def hosting_jobs(device: torch.device) -> list[Job]:
+    """Steps on state that comes from the host and goes there; on GPUs also what the copies take."""
+    cuda, setup = device.type == "cuda", Setup(device)
+    scale, steps = (64, 10) if cuda else (1, 2)
+    low = Setup(device, torch.bfloat16)
+    wanted: list[tuple[str, Setup, dict[str, Any]]] = [
+        ("adamw", setup, {}),
+        ("lion", setup, {}),
+        ("adamw", setup, {"state_dtype": "int8"}),
+        ("adamw", low, {}),
+        ("lion", low, {"stochastic_rounding": True, "state_dtype": torch.bfloat16}),
+    ]
+    jobs: list[Job] = [
+        (f"{name}, {where.name} {options or ''}", hosting_checks.hosted_steps, (name, where, scale, steps, options))
+        for name, where, options in (wanted if cuda else wanted[:3:2])
+    ]
+    if cuda:
+        jobs += [(f"no waiting: {name}", hosting_checks.never_waits, (name, setup)) for name in ("adamw", "lamb")]
+        jobs += [("memory on the device", hosting_checks.bounded, (setup,)), ("rate", hosting_checks.rate, (setup,))]
+    return jobs
 
 
 def matrix_jobs(device: torch.device) -> list[Job]:

@@ -183,6 +183,9 @@ class Format:
         """Bytes of the codes of a block."""
         return self.block * self.bits // 8
 
+    def __reduce__(self) -> Any:  # its rules, which Triton compiles, can be neither copied nor pickled
+        return format_of, (self.name, self.signed)
+
 
 FORMATS: tuple[Format, ...] = (
     Format("int8", True, 8, 256, _signed8, _signed8_value),

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from oput_dist.engine.coded import with_tensors
+from oput_dist.engine.forms import with_tensors
 from oput_dist.engine.writing import COMPENSATION
 from tests.layouts import Layout, Plain
 from tests.pool import Pool
@@ -139,13 +139,13 @@ def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: t
 
 
 def state_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
-    """The state of a parameter, with numbers in place of codes."""
+    """The state of a parameter, with tensors in place of what steps open."""
     origin: Any = getattr(optimizer, "origin", optimizer)
-    if getattr(getattr(origin, "options", None), "storage", None) is None:
+    if not getattr(getattr(origin, "options", None), "opens", False):
         return optimizer.state[p]
     slots = [slot for slot in origin._current_plan().slots if slot.parameter is p]
-    recipes = [origin.recipe(origin.param_groups[slot.group], slot.layout.shape) for slot in slots]
-    names = [COMPENSATION, *dict.fromkeys(name for recipe in recipes for name in recipe.state)]
+    groups = origin.param_groups
+    names = [(COMPENSATION, *origin.recipe(groups[slot.group], slot.layout.shape).state) for slot in slots]
     return with_tensors(slots, optimizer.state[p], names)
 
 

@@ -15,8 +15,8 @@ from benchmarks import coding_checks
 from benchmarks.checks import Setup
 from oput_dist.backends import backend, coding
 from oput_dist.backends.coding import decode, encode
-from oput_dist.engine.buckets import WAVE
 from oput_dist.engine.coded import Coded
+from oput_dist.engine.waves import WAVE
 from oput_dist.kernels.codes import FORMATS, Format, format_of
 from oput_dist.kernels.native import native
 from tests.test_kernels import CPU, run

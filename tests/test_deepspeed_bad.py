@@ -30,6 +30,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"type": "oput.lamb", "params": {"max_grad_norm": 1.0}}},
         "optimizer.params.max_grad_norm: DeepSpeed clips gradients itself: set gradient_clipping",
     ),
+    "state_device": (
+        {"optimizer": {"type": "oput.lamb", "params": {"state_device": "cpu"}}},
+        "optimizer.params.state_device: DeepSpeed keeps state in host memory itself, and saves it: set zero_optim",
+    ),
     "shard_group": (
         {"optimizer": {"type": "oput.lamb", "params": {"shard_group": 1}}},
         "optimizer.params.shard_group: Lamb has no such option",

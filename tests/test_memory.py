@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import oput_dist as oput
+from oput_dist.engine.hosted import Home
 from tests.layouts import Weights
 from tests.pool import Pool
 
@@ -41,6 +43,7 @@ def allocated(work: Any) -> int:
         ("muon", {}, 4 * ELEMENTS + 4 * 7),
         ("shampoo", {"block_size": 16}, None),
         ("soap", {}, None),
+        ("adamw", {"state_device": Home("cpu")}, 0),
     ],
 )
 def test_the_allocator_agrees(name: str, options: dict[str, Any], state: int | None) -> None:
@@ -48,7 +51,7 @@ def test_the_allocator_agrees(name: str, options: dict[str, Any], state: int | N
 
     def train() -> Any:
         params = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
-        optimizer = oput.create(name, params, backend="foreach", **options)
+        optimizer = oput.create(name, params, backend="foreach", **copy.deepcopy(options))
         for _ in range(2):
             for p in params:
                 p.grad = torch.ones(p.shape)
@@ -62,7 +65,8 @@ def test_the_allocator_agrees(name: str, options: dict[str, Any], state: int | N
     assert told.parameters == told.gradients == 4 * ELEMENTS
     assert state is None or told.state == state + 4 * len(SHAPES)
     assert told.scratch > 0
-    assert told.total == found
+    assert told.total + told.host == found
+    assert told.host == (8 * ELEMENTS if "state_device" in options else 0)
 
 
 def on_rank(layout: str) -> tuple[oput.Memory, int, int]:

@@ -13,6 +13,7 @@ from oput_dist.kernels.cpp import build
 from oput_dist.kernels.language import HAS_TRITON
 
 from .batch import Backend, Batch, Codes, Row, Scalars, Stack, compute_dtype
+from .carrier import Carrier, Move, Space, to_host, zeros_on_host
 from .coding import Job, decode, encode
 from .packing import PACK, SMALL
 from .torchlike import Compile, Eager, Foreach
@@ -25,10 +26,13 @@ __all__ = [
     "SMALL",
     "Backend",
     "Batch",
+    "Carrier",
     "Codes",
     "Job",
+    "Move",
     "Row",
     "Scalars",
+    "Space",
     "Stack",
     "backend",
     "check_backend",
@@ -37,6 +41,8 @@ __all__ = [
     "decode",
     "encode",
     "send",
+    "to_host",
+    "zeros_on_host",
 ]
 
 BACKENDS = ("triton", "compile", "foreach", "eager")

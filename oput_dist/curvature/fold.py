@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from oput_dist.collectives import Schedule, packed_sum
+from oput_dist.engine.forms import numbers_of
 from oput_dist.engine.plan import Plan
 from oput_dist.engine.recipe import row_of
-from oput_dist.engine.sweep import Part, sweep
+from oput_dist.engine.sweep import part_of, sweep
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import lerp
 from oput_dist.kernels.stage import Update
@@ -91,7 +92,6 @@ def fold(
     parts = []
     for slot in plan.slots:
         if slot.index in estimates and slot.numel:
-            own = flat(slot.layout.piece_of_state(state[slot.parameter][name]), slot.strides)
-            parts.append(Part(slot, own, estimates[slot.index]))
+            parts.append(part_of(slot, numbers_of(slot, state[slot.parameter], name), estimates[slot.index]))
     rows = {group: row_of(weight=weight) for group, weight in weights.items()}
     sweep(plan, Update(averaged_where_finite), parts, rows, backends)

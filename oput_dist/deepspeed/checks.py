@@ -60,6 +60,12 @@ def _of_options(engine: Any, optimizer: Optimizer | Wrapper) -> _Refusals:
             "optimizer.params.gradient_release",
             "would step in the backward pass, but DeepSpeed reduces gradients and frees them itself: leave it out",
         )
+    if isinstance(origin, Optimizer) and origin.options.home is not None:
+        yield (
+            "optimizer.params.state_device",
+            "would keep state in host memory beside what DeepSpeed keeps there and saves: leave it out, and set "
+            '"zero_optimization": {"offload_optimizer": {"device": "cpu"}}',
+        )
 
 
 def _of_offload(engine: Any, optimizer: Optimizer | Wrapper) -> _Refusals:

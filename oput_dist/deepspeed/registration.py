@@ -27,8 +27,14 @@ from .zero import Zero
 __all__ = ["ConfigError", "register"]
 
 PREFIX = "oput."
-_OWN = ("module", "shard_group", "model_group", "data_group", "max_grad_norm", "params")
-"""Options that make no sense in a configuration, or that DeepSpeed has a key of its own for."""
+_INSTEAD = {
+    "max_grad_norm": "DeepSpeed clips gradients itself: set gradient_clipping, at the top of the configuration",
+    "state_device": "DeepSpeed keeps state in host memory itself, and saves it: set "
+    'zero_optimization.offload_optimizer to {"device": "cpu"}',
+}
+"""Options that DeepSpeed has a key of its own for."""
+_OWN = ("module", "shard_group", "model_group", "data_group", "params", *_INSTEAD)
+"""Those, and options that make no sense in a configuration."""
 _WRAPPERS = {name.lower(): name for name, kind in vars(wrappers).items() if isinstance(kind, type)}
 _DONE = "_oput_dist_registered"
 
@@ -137,11 +143,8 @@ def _from_config(engine: Any, name: str, model_parameters: Iterable[Any]) -> Opt
     known = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "params", "common")]
     known += [key for key in Common.__annotations__ if key not in _OWN]
     for key in options:
-        if key == "max_grad_norm":
-            raise ConfigError(
-                "DeepSpeed's configuration, optimizer.params.max_grad_norm: DeepSpeed clips gradients itself: set "
-                "gradient_clipping, at the top of the configuration"
-            )
+        if key in _INSTEAD:
+            raise ConfigError(f"DeepSpeed's configuration, optimizer.params.{key}: {_INSTEAD[key]}")
         if key not in known:
             raise ConfigError(
                 f"DeepSpeed's configuration, optimizer.params.{key}: {kind.__name__} has no such option."

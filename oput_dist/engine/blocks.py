@@ -14,7 +14,7 @@ from oput_dist.layout import Box
 
 from .slot import Slot
 
-__all__ = ["Blocks", "Range", "blocks_of", "global_index"]
+__all__ = ["Blocks", "Range", "begin_of", "blocks_of", "global_index"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def blocks_of(slot: Slot, size: int) -> Blocks:
 
 def _blocks(slot: Slot, size: int) -> Blocks:
     numel, total = slot.numel, slot.layout.shape.numel()
-    begin = _begin(slot) if numel else 0
+    begin = begin_of(slot)
     if begin is not None:
         stop = begin + numel
         ids = torch.arange(begin // size, -(-stop // size) if numel else begin // size, device="cpu")
@@ -104,8 +104,15 @@ def global_index(slot: Slot) -> torch.Tensor:
     return out
 
 
-def _begin(slot: Slot) -> int | None:
+def begin_of(slot: Slot) -> int | None:
     """Where the piece begins in the whole, if it is consecutive there and lies in that order; else None."""
+    if "begin" not in slot.facts:
+        slot.facts["begin"] = _begin(slot) if slot.numel else 0
+    known: int | None = slot.facts["begin"]
+    return known
+
+
+def _begin(slot: Slot) -> int | None:
     steps = torch.empty(slot.layout.shape, device="meta").stride()
     begin = at = None
     for box in slot.boxes:

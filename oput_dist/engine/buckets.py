@@ -1,26 +1,35 @@
-"""Buckets: slots that one launch serves. Where state has codes, as much of them as a scratch of bounded size takes."""
+"""Buckets: slots that one launch serves. Where state must be opened, as much as a scratch of bounded size takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import lcm
 from typing import Any
 
 import torch
 
-from oput_dist.backends import Backend, Batch, Codes, decode, encode
-from oput_dist.kernels.stage import Prologue, Write
+from oput_dist.backends import Backend, Batch, Carrier, Codes, decode, encode
+from oput_dist.kernels.stage import Prologue, Stage, Write
 
-from .coded import Cell, Part
-from .noise import bits_for, bits_in
+from .blocks import begin_of
+from .cell import Cell, Part
+from .host_cell import HostCell, Lent
+from .hosted import Remote
+from .noise import bits_for, bits_in, check_places
 from .recipe import Recipe
 from .slot import Slot
 
-__all__ = ["WAVE", "Bucket", "Member", "Open", "Scratch", "Tossed", "key_of", "set_apart", "waves", "written"]
-
-WAVE = {"cpu": 2**21, "cuda": 2**22}
-"""Elements whose numbers are in memory at once where their state has codes: what stays in caches between two passes."""
+__all__ = [
+    "Away",
+    "Bucket",
+    "Member",
+    "Open",
+    "Scratch",
+    "Tossed",
+    "key_of",
+    "set_apart",
+    "written",
+]
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,11 @@ class Tossed:
     step: int
     dtype = torch.int16
 
-    def of(self, start: int, stop: int, begin: int | None) -> torch.Tensor:
-        """Those of a range of the piece, which begins at ``begin`` in the whole if it is consecutive there."""
+    def of(self, start: int, stop: int) -> torch.Tensor:
+        """Those of a range of the piece."""
+        if stop - start == self.slot.numel:
+            return bits_for(self.slot, self.step)
+        begin = begin_of(self.slot)
         if begin is None or not self.slot.in_place:
             return bits_for(self.slot, self.step)[start:stop]
         return bits_in(self.slot, self.step, begin + start, stop - start)
@@ -63,7 +75,7 @@ class Member:
 
     @property
     def cells(self) -> list[Cell]:
-        """The states that have codes."""
+        """The states that must be opened."""
         return [each for each in self.state if isinstance(each, Cell)]
 
 
@@ -74,7 +86,7 @@ class Bucket:
     members: Sequence[Member]
     recipe: Recipe
     batch: Batch
-    """Without state where that has codes, while it is closed."""
+    """Without state where that must be opened, while it is closed."""
     steps: list[int]
     total: int
     """Elements of all parameters that are updated alike, whole: what the backend is chosen by."""
@@ -86,9 +98,14 @@ class Bucket:
         self.numels = [member.numel for member in self.members]
 
     @property
-    def coded(self) -> bool:
-        """Whether some of its state has codes."""
-        return bool(self.members[0].cells)
+    def cells(self) -> list[Cell]:
+        """The states that must be opened."""
+        return [cell for member in self.members for cell in member.cells]
+
+    @property
+    def away(self) -> bool:
+        """Whether its state is on the host, where all of it is if any."""
+        return any(isinstance(cell, Remote) for cell in self.members[0].cells)
 
     @property
     def codes(self) -> list[tuple[torch.Tensor | Codes, ...]] | None:
@@ -109,52 +126,95 @@ class Scratch:
         self._memory: dict[torch.device, torch.Tensor] = {}
 
     def of(self, device: torch.device, size: int) -> torch.Tensor:
-        """At least so many floats: what was there before is lost."""
+        """At least so many bytes: what was there before is lost."""
         if device not in self._memory or self._memory[device].numel() < size:
             self._memory.pop(device, None)
-            self._memory[device] = torch.empty(size, dtype=torch.float32, device=device)
+            self._memory[device] = torch.empty(size, dtype=torch.uint8, device=device)
         return self._memory[device]
 
 
 class Open:
-    """A bucket whose state is there as numbers.
+    """A bucket whose state is there as numbers, from :meth:`begin` on until it is closed.
 
     Args:
         bucket: the bucket; its batch gets the state.
-        scratch: where they are written.
+        memory: where they are written: so many bytes as :meth:`room` says.
         backend: what runs it.
     """
 
-    def __init__(self, bucket: Bucket, scratch: Scratch, backend: Backend) -> None:
-        self._backend, self.parts = backend, list[Part]()
-        sizes = [[_room(cell, member) for cell in member.cells] for member in bucket.members]
-        memory, at = scratch.of(bucket.slots[0].device, sum(sum(each) for each in sizes)), 0
-        for member, rooms in zip(bucket.members, sizes, strict=True):
-            for cell, size in zip(member.cells, rooms, strict=True):
-                self.parts.append(cell.open(member.start, member.stop, memory[at : at + size]))
-                at += size
-        decode(backend, [part.job for part in self.parts if part.decodes])
+    def __init__(self, bucket: Bucket, memory: torch.Tensor, backend: Backend) -> None:
+        self._bucket, self._backend, self.parts = bucket, backend, list[Part]()
+        self._aside: set[Part] = set()
+        at = 0
+        for member in bucket.members:
+            for number, cell in enumerate(member.state):
+                if isinstance(cell, Cell):
+                    size = cell.room(member.start, member.stop)
+                    self.parts.append(cell.open(member.start, member.stop, memory[at : at + size]))
+                    at += size
+                    if number < bucket.batch.prologue.aside:
+                        self._aside.add(self.parts[-1])
+
+    @staticmethod
+    def room(bucket: Bucket) -> int:
+        """Bytes that the state of a bucket takes."""
+        return sum(cell.room(member.start, member.stop) for member in bucket.members for cell in member.cells)
+
+    def begin(self) -> None:
+        """Give the batch its state."""
+        decode(self._backend, [part.job for part in self.parts if part.job is not None and part.decodes])
         for part in self.parts:
             part.fill()
         parts = iter(self.parts)
-        bucket.batch.state = [
-            tuple(_numbers(each, member, parts) for each in member.state) for member in bucket.members
+        self._bucket.batch.state = [
+            tuple(_numbers(each, member, parts) for each in member.state) for member in self._bucket.members
         ]
 
-    def close(self) -> None:
-        """Code what is there now."""
-        for part in self.parts:
+    def close(self, stage: Stage) -> list[Part]:
+        """Keep what a stage wrote, which are the parts that this returns."""
+        self._bucket.batch.state = []
+        kept = {True: stage.writes_parameter, False: stage.writes_state}
+        parts = [part for part in self.parts if kept[part in self._aside]]
+        for part in parts:
             part.gather()
-        encode(self._backend, [part.job for part in self.parts])
+        encode(self._backend, [part.job for part in parts if part.job is not None])
+        return parts
+
+
+class Away(Open):
+    """A bucket whose state comes from the host: the copies begin at once.
+
+    Args:
+        bucket: the bucket.
+        carrier: what copies.
+        backend: what runs it.
+    """
+
+    def __init__(self, bucket: Bucket, carrier: Carrier, backend: Backend) -> None:
+        self._carrier, self._space = carrier, carrier.reserve(self.room(bucket))
+        super().__init__(bucket, self._space.memory, backend)
+        last = [part.cell.source.last for part in self.parts if isinstance(part.cell, Remote)]
+        carrier.bring(self._space, [move for part in self.parts for move in part.inward], last)
+
+    def begin(self) -> None:
+        self._carrier.arrive(self._space)
+        super().begin()
+
+    def close(self, stage: Stage) -> list[Part]:
+        """Also begin to copy to the host."""
+        parts = super().close(stage)
+        done = self._carrier.take(self._space, [move for part in parts for move in part.outward])
+        for part in parts:
+            if part.outward and isinstance(part.cell, Remote):
+                part.cell.target.last = done
+        return parts
 
 
 def _numbers(state: torch.Tensor | Cell | Tossed, member: Member, parts: Iterator[Part]) -> torch.Tensor:
     """One state of a member as a launch takes it; of a cell, the numbers of the next part."""
     if isinstance(state, Cell):
         return next(parts).values
-    if isinstance(state, Tossed):
-        return state.of(member.start, member.stop, member.cells[0].blocks.begin)
-    return member.part(state)
+    return state.of(member.start, member.stop) if isinstance(state, Tossed) else member.part(state)
 
 
 def _direct(state: torch.Tensor | Cell | Tossed, member: Member) -> torch.Tensor | Codes | None:
@@ -162,75 +222,6 @@ def _direct(state: torch.Tensor | Cell | Tossed, member: Member) -> torch.Tensor
     if isinstance(state, Cell):
         return state.direct(member.start, member.stop)
     return None if isinstance(state, Tossed) else member.part(state)
-
-
-def _room(cell: Cell, member: Member) -> int:
-    """Floats that the blocks of a range take; a multiple of 16 bytes, so that each begins as the first does."""
-    return cell.blocks.range(member.start, member.stop).count * cell.code.block
-
-
-def waves(members: Sequence[Member], divide: bool) -> Iterator[list[Member]]:
-    """Members in groups of about :data:`WAVE` elements; all in one where no state has codes.
-
-    Args:
-        members: whole slots.
-        divide: whether a slot may be in several groups.
-    """
-    if not members[0].cells:
-        yield list(members)
-        return
-    if members[0].slot.device.type != "cpu":
-        yield from _grouped(members, divide, WAVE["cuda"])
-        return
-    edges, inner = zip(*(_edges(member) if divide else ([member], []) for member in members), strict=True)
-    for some in (edges, inner):
-        yield from _grouped([part for parts in some for part in parts], divide, WAVE["cpu"])
-
-
-def _grouped(members: Sequence[Member], divide: bool, most: int) -> Iterator[list[Member]]:
-    group: list[Member] = []
-    for member in members:
-        for part in _divided(member, most) if divide else [member]:
-            if group and sum(each.numel for each in group) + part.numel > most:
-                yield group
-                group = []
-            group.append(part)
-    if group:
-        yield group
-
-
-def _edges(member: Member) -> tuple[list[Member], list[Member]]:
-    """The ends of a member that are parts of blocks, and what is between them, whose codes may be used as they are."""
-    begin, block = _aligned(member)
-    if begin is None:
-        return [member], []
-    end = begin + member.slot.numel
-    first = min(-begin % block, member.stop)
-    last = member.stop if end == member.slot.layout.shape.numel() else max(first, member.stop - end % block)
-    ends = [(0, first), (last, member.stop)]
-    return [member.range(*each) for each in ends if each[0] < each[1]], [
-        member.range(first, last)
-    ] if first < last else []
-
-
-def _divided(member: Member, most: int) -> Iterator[Member]:
-    """A member in ranges that end where blocks do; whole, where its piece is not consecutive in the parameter."""
-    begin, block = _aligned(member)
-    if begin is None or member.numel <= most:
-        yield member
-        return
-    start = member.start
-    while start < member.stop:
-        stop = min(member.stop, (begin + start + most) // block * block - begin)
-        yield member.range(start, stop)
-        start = stop
-
-
-def _aligned(member: Member) -> tuple[int | None, int]:
-    """Where the piece begins in the whole, None if not consecutive there; and of how many elements all blocks are."""
-    begins = {cell.blocks.begin for cell in member.cells}
-    begin = begins.pop() if len(begins) == 1 and member.slot.in_place else None
-    return begin, lcm(*(cell.code.block for cell in member.cells))
 
 
 def written(slot: Slot, accumulate: bool) -> torch.Tensor:
@@ -245,13 +236,15 @@ def set_apart(
     """The state of a slot, first what is for its write alone: random bits, or what rounding lost, which is copied where
     the parameter is."""
     if prologue.write is Write.STOCHASTIC:
+        check_places(slot)
         tossed = Tossed(slot, step)
-        return (tossed if any(isinstance(each, Cell) for each in state) else tossed.of(0, slot.numel, None), *state)
+        return (tossed if any(isinstance(each, Cell) for each in state) else tossed.of(0, slot.numel), *state)
     if accumulate:
-        return (*(each.clone() for each in state[: prologue.aside]), *state[prologue.aside :])
+        lost = (Lent(each) if isinstance(each, HostCell) else each.clone() for each in state[: prologue.aside])
+        return (*lost, *state[prologue.aside :])
     return state
 
 
 def key_of(state: Sequence[torch.Tensor | Cell | Tossed]) -> tuple[Any, ...]:
     """Equal for state that one launch can take."""
-    return tuple((each.dtype, each.code) if isinstance(each, Cell) else each.dtype for each in state)
+    return tuple(each.kind if isinstance(each, Cell) else each.dtype for each in state)

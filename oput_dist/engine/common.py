@@ -43,6 +43,8 @@ class Common(TypedDict, total=False):
     - ``state_overrides`` (dict): the form of the state of some parameters, by class of their module or by a pattern of
       their qualified name; the last that fits counts. ``{nn.Embedding: "fp32", nn.EmbeddingBag: "fp32"}`` by default,
       where state is coded. Needs the module, or named parameters. Example: ``{"lm_head.*": "fp32"}``.
+    - ``state_device`` (str): ``"cpu"`` keeps all state in the shape of parameters in pinned host memory, and brings it
+      to the GPU range by range while others are updated there. Refused where all parameters are on the CPU.
     - ``kahan_sum`` (bool): keep what rounding to bfloat16 or float16 parameters loses, as one more state,
       ``kahan_comp``, and add it wherever they are read, so that also what is far smaller than they are adds up: updates
       and weight decay. By default it is kept; False leaves it out. Other parameters take no notice.
@@ -67,5 +69,6 @@ class Common(TypedDict, total=False):
     module: nn.Module | None
     state_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None
     state_overrides: Mapping[type[nn.Module] | str, torch.dtype | str] | None
+    state_device: str | torch.device | None
     kahan_sum: bool | None
     stochastic_rounding: bool

@@ -13,7 +13,7 @@ from oput_dist.collectives import Schedule, packed_sum
 from .agree import gathered, joint_groups
 from .blocks import blocks_of
 from .buckets import Open
-from .coded import Cell
+from .code_cell import CodeCell, CodePart
 from .plan import Plan
 from .slot import Slot
 from .storage import Storage
@@ -89,15 +89,14 @@ class Cuts:
         """Enter the scales of a bucket's cut blocks, and keep their numbers until the exchange."""
         waiting = []
         for part in opened.parts:
-            cell = part.cell
-            cut, numbers = cell.cut_in(part)
-            if len(cut):
-                ids = cell.slot.facts[_key(cell.code.block)]
-                start = self._schedule.starts[self._items[cell.slot.index, cell.name]]
-                places = (torch.searchsorted(ids, cell.blocks.ids[cut]) + start).to(table.device)
-                rows = cut.to(table.device)
-                table[places] = cell.coded.scales[rows]
-                waiting.append(Waiting(cell, rows, places, numbers))
+            if not isinstance(part, CodePart) or not len((cut := part.cut())[0]):
+                continue
+            cell, (rows, numbers, scales) = part.cell, cut
+            ids = cell.slot.facts[_key(cell.code.block)]
+            start = self._schedule.starts[self._items[cell.slot.index, cell.name]]
+            places = (torch.searchsorted(ids, cell.blocks.ids[rows]) + start).to(table.device)
+            table[places] = scales
+            waiting.append(Waiting(cell, rows, places, numbers))
         return waiting
 
     def settle(self, table: torch.Tensor, waiting: Sequence[Waiting], backend: Backend) -> None:
@@ -106,7 +105,7 @@ class Cuts:
         jobs = [
             (
                 each.cell.code,
-                torch.empty_like(each.cell.coded.codes[: len(each.rows)]),
+                torch.empty(len(each.rows), each.cell.code.width, dtype=torch.uint8, device=table.device),
                 table[each.places],
                 each.numbers,
             )
@@ -114,11 +113,11 @@ class Cuts:
         ]
         encode(backend, jobs, known=True)
         for each, (_, codes, scales, _) in zip(waiting, jobs, strict=True):
-            each.cell.coded.codes[each.rows], each.cell.coded.scales[each.rows] = codes, scales
+            each.cell.put(each.rows, codes, scales)
 
 
 class Waiting:
     """Cut blocks of a cell, coded with this rank's scale so far."""
 
-    def __init__(self, cell: Cell, rows: torch.Tensor, places: torch.Tensor, numbers: torch.Tensor) -> None:
+    def __init__(self, cell: CodeCell, rows: torch.Tensor, places: torch.Tensor, numbers: torch.Tensor) -> None:
         self.cell, self.rows, self.places, self.numbers = cell, rows, places, numbers

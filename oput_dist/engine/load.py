@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from oput_dist.layout import Fragment
+from oput_dist.layout.dtensor import whole_tensor
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import agreed, joint_groups
+from .forms import put_away
 from .match import matched, owner_of
 from .matrices import matrices_in, owning_slots
 from .owned import kept_by
@@ -71,6 +73,7 @@ def load_state_dict(optimizer: Any, state_dict: dict[str, Any], plan: Plan) -> N
     state: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
     for entry in entries:
         adopt(entry, state[entry.slot.parameter])
+        put_away(entry.slot, state[entry.slot.parameter], entry.tensors, optimizer.options)
     if owning_slots(optimizer, plan, groups):
         _settle(optimizer, plan, groups, entries, state)
     optimizer.__setstate__({"state": state, "param_groups": groups})
@@ -343,7 +346,7 @@ def adopt(entry: _Entry, state: dict[str, Any]) -> None:
         if isinstance(layout, Fragment) and entry.slot.shared and not entry.joint:
             if name not in state:
                 state[name] = layout.zeros(value.dtype)
-            layout.put(state[name], value.full_tensor() if isinstance(value, DTensor) else value)
+            layout.put(state[name], whole_tensor(value) if isinstance(value, DTensor) else value)
         else:
             state[name] = layout.adopt(value)
     for name, (value, shape) in entry.vectors.items():

@@ -10,6 +10,7 @@ import torch
 
 from oput_dist.layout import whole_or_local
 
+from .hosted import Hosted
 from .wrapper import Wrapper
 
 __all__ = ["Memory", "memory"]
@@ -25,14 +26,17 @@ class Memory:
     """Of parameters, and tensors in the parameter groups."""
     scratch: int
     """That is kept from step to step to work in, and small tables."""
+    host: int = 0
+    """Of state in host memory (``state_device="cpu"``), which is in none of the others."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them but :attr:`host`."""
         return self.parameters + self.gradients + self.state + self.scratch
 
     def __str__(self) -> str:
-        rows = [*vars(self).items(), ("total", self.total)]
+        rows = [(name, value) for name, value in vars(self).items() if name != "host"]
+        rows += [("total", self.total), *([("on host", self.host)] if self.host else [])]
         return "\n".join(f"{name:<10}  {value:>18,} B  {value / 2**20:>12,.2f} MiB" for name, value in rows)
 
 
@@ -47,7 +51,8 @@ def memory(optimizer: torch.optim.Optimizer) -> Memory:
         optimizer: any of this library's, of torch's (which keep no scratch), or a wrapper.
 
     Returns:
-        bytes of parameters, gradients, state and scratch; ``print`` shows them as a table.
+        bytes of parameters, gradients, state and scratch, and apart from them of state in host memory; ``print`` shows
+        them as a table.
 
     Example::
 
@@ -58,8 +63,10 @@ def memory(optimizer: torch.optim.Optimizer) -> Memory:
     settings = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
     state = [*optimizer.state.values(), settings]
     seen: set[tuple[torch.device, int]] = set()
-    each = (parameters, gradients, state, list(_working(optimizer)))
-    return Memory(*(_bytes(_tensors(part, {}), seen) for part in each))
+    hosted = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Hosted)]
+    host = _bytes(_tensors(hosted, {}), seen)
+    each = {"parameters": parameters, "gradients": gradients, "state": state, "scratch": list(_working(optimizer))}
+    return Memory(**{name: _bytes(_tensors(part, {}), seen) for name, part in each.items()}, host=host)
 
 
 def _working(optimizer: torch.optim.Optimizer) -> Iterator[Any]:

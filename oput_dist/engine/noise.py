@@ -10,7 +10,7 @@ from oput_dist.layout import Box, LayoutError
 from .mixing import key_of
 from .slot import Slot
 
-__all__ = ["bits_for", "bits_in"]
+__all__ = ["bits_for", "bits_in", "check_places"]
 
 _CHUNK = {"cpu": 2**16, "cuda": 2**24}
 """Elements at once: what stays in a core's cache, and what keeps a GPU busy."""
@@ -57,11 +57,16 @@ def bits_in(slot: Slot, step: int, begin: int, numel: int) -> torch.Tensor:
 
 def _keys(slot: Slot, step: int) -> tuple[int, int]:
     """Of a parameter at a step: 32 bits each, with signs."""
-    if slot.layout.why_no_sums is not None:
-        raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
+    check_places(slot)
     name = slot.name.replace("'module.", "'").replace(".module.", ".")  # as DDP calls it
     key = key_of("stochastic rounding", name, step)
     return key >> 32, (key & (2**32 - 1)) - 2**31
+
+
+def check_places(slot: Slot) -> None:
+    """Raise LayoutError where it is not known which elements of the whole a piece has."""
+    if slot.layout.why_no_sums is not None:
+        raise LayoutError(f"{slot.name}: stochastic rounding must know places in the whole. {slot.layout.why_no_sums}")
 
 
 def _places(box: Box, shape: torch.Size, device: torch.device) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from .hyper import Check, boolean, check_group, nearest, nonnegative, optional, 
 from .load import load_state_dict
 from .matrices import matrices_in
 from .model import Model, check_not_replaced
-from .options import GroupHandle, Options, check_rounded, group_handle, options_of, releases
+from .options import GroupHandle, Options, check_home, check_rounded, group_handle, options_of, releases
 from .plan import Plan
 from .recipe import Group, Recipe, Shape
 from .rewrite import rewrite
@@ -109,10 +109,10 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(params, nn.Module):
             params = [(clean_name(name), parameter) for name, parameter in params.named_parameters()]
         super().__init__(params, every)
-        check_rounded(owner, self._options, (p for group in self.param_groups for p in group["params"]))
-        if self._options.storage is not None and not any(
-            is_flattened(p) for g in self.param_groups for p in g["params"]
-        ):
+        every_parameter = [p for group in self.param_groups for p in group["params"]]
+        check_rounded(owner, self._options, every_parameter)
+        check_home(owner, self._options, every_parameter)
+        if self._options.storage is not None and not any(is_flattened(p) for p in every_parameter):
             check_storage(owner, self._options.storage, self._state_names())
 
     @abstractmethod

@@ -10,13 +10,17 @@ import torch
 import torch.distributed as dist
 
 from oput_dist.backends import BACKENDS, check_backend
+from oput_dist.kernels.codes import Format
 from oput_dist.kernels.stage import Write
+from oput_dist.layout import whole_or_local
 
-from .hyper import boolean, check_group, optional, positive
+from .hosted import Home
+from .hyper import boolean, check_group, nearest, optional, positive
+from .slot import Slot
 from .storage import Storage, storage_of
 from .writing import write_of
 
-__all__ = ["GroupHandle", "Options", "check_rounded", "group_handle", "options_of", "releases"]
+__all__ = ["GroupHandle", "Options", "check_home", "check_rounded", "group_handle", "options_of", "releases"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,17 @@ class Options:
     skip_nonfinite: bool = False
     accumulate: bool = False
     """Whether gradients, without weight decay, go into the state only, and parameters stay as they are."""
+    home: Home | None = None
+    """Where state lives away from the parameters."""
+
+    @property
+    def opens(self) -> bool:
+        """Whether steps open and close state, for it is kept in another form or in another place than they need."""
+        return self.storage is not None or self.home is not None
+
+    def form(self, name: str, slot: Slot) -> torch.dtype | Format | None:
+        """The form of a state of a parameter; None for the parameter's own dtype."""
+        return self.state_dtype if self.storage is None else self.storage.of(name, slot)
 
 
 class GroupHandle:
@@ -65,6 +80,7 @@ def options_of(owner: str, common: Mapping[str, Any]) -> Options:
         _write(owner, common),
         _max_grad_norm(owner, common),
         _skip_nonfinite(owner, common),
+        home=_home(owner, common.get("state_device")),
     )
 
 
@@ -118,6 +134,28 @@ def check_rounded(owner: str, options: Options, params: Iterable[torch.Tensor]) 
         raise ValueError(
             f"{owner}: stochastic_rounding=True, but no parameter is bfloat16 or float16, and others are not rounded: "
             "leave it out, or cast the model first: oput.to_low_precision(model)"
+        )
+
+
+def _home(owner: str, given: Any) -> Home | None:
+    if given is None or isinstance(given, Home):
+        return given
+    if str(given) != "cpu":
+        raise ValueError(
+            f"{owner}: state_device={given!r} is not allowed: must be None, for state beside the parameters, or 'cpu', "
+            f"for state in host memory{nearest(str(given), ('cpu',))}"
+        )
+    return Home("cuda")
+
+
+def check_home(owner: str, options: Options, params: Iterable[torch.Tensor]) -> None:
+    """Raise ValueError for state in host memory where no parameter is on a device that would bring it from there."""
+    found = {whole_or_local(p).device for p in params}
+    if options.home is not None and not any(options.home.serves(device) for device in found):
+        places = " and ".join(sorted(map(str, found)))
+        raise ValueError(
+            f"{owner}: state_device='cpu' is for parameters on a GPU, but these are on {places}, and so is their "
+            "state: leave state_device out, or move the module to the GPU before the optimizer is made"
         )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from oput_dist.layout import Box
 
-from .coded import value_of
+from .forms import value_of
 from .mixing import ODD, mixed
 from .slot import Slot
 from .wrapper import Own, check_own
@@ -41,6 +41,8 @@ class _Held:
     """None if this rank lacks it."""
     nothing: bool
     """Whether there is nothing to hold here."""
+    device: torch.device
+    """Where it is looked at: the parameter's, also of what lives on the host."""
 
 
 @torch.no_grad()
@@ -87,11 +89,11 @@ def _held(optimizer: Own, slot: Slot) -> list[_Held]:
     cut, whole = _digest(_places(layout.boxes)), _digest("whole")
     partitioned = layout.gather_group is not None  # every rank has the whole parameter, and state for its piece
     memory = slot.parameter.detach() if partitioned else slot.piece
-    result = [_Held(slot.name, whole if partitioned else cut, memory, memory.numel() == 0)]
+    result = [_Held(slot.name, whole if partitioned else cut, memory, memory.numel() == 0, slot.device)]
 
-    def add(name: str, place: int, memory: torch.Tensor | None) -> None:
+    def add(name: str, place: int, memory: torch.Tensor | None, device: torch.device = slot.device) -> None:
         nothing = slot.numel == 0 and (memory is None or place == cut)
-        result.append(_Held(f"{name!r} of {slot.name}", place, memory, nothing))
+        result.append(_Held(f"{name!r} of {slot.name}", place, memory, nothing, device))
 
     for name in (*recipe.state, COMPENSATION):
         value = value_of(slot, state, name)
@@ -99,7 +101,8 @@ def _held(optimizer: Own, slot: Slot) -> list[_Held]:
     for name, _ in recipe.vectors:
         add(name, whole, None if state.get(slot.key(name)) is None else layout.memory_of_vector(state[slot.key(name)]))
     step = state.get("step")
-    add("step", whole, None if step is None else torch.as_tensor(step, dtype=torch.float32))
+    step = None if step is None else torch.as_tensor(step, dtype=torch.float32)
+    add("step", whole, step, slot.device if step is None else step.device)
     return result
 
 
@@ -121,20 +124,20 @@ def _rows(held: Sequence[_Held]) -> list[Row | None]:
     by_device: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(held):
         if tensor.memory is not None and not tensor.nothing:
-            by_device.setdefault(tensor.memory.device, []).append(i)
-    for indices in by_device.values():
-        values = torch.stack([_hash(memory) for i in indices if (memory := held[i].memory) is not None])
+            by_device.setdefault(tensor.device, []).append(i)
+    for device, indices in by_device.items():
+        values = torch.stack([_hash(memory, device) for i in indices if (memory := held[i].memory) is not None])
         hashes.update(zip(indices, values.tolist(), strict=True))
     return [None if tensor.nothing else (tensor.place, hashes.get(i)) for i, tensor in enumerate(held)]
 
 
-def _hash(memory: torch.Tensor) -> torch.Tensor:
+def _hash(memory: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A 64-bit hash of the bits, in order: 0-d, on the device."""
     bits = _bits(memory)
-    total = torch.full((), bits.numel(), dtype=torch.int64, device=bits.device)
+    total = torch.full((), bits.numel(), dtype=torch.int64, device=device)
     for start in range(0, bits.numel(), _CHUNK):
-        words = bits[start : start + _CHUNK].to(torch.int64)
-        total += mixed(words + torch.arange(start + 1, start + 1 + len(words), device=bits.device) * ODD).sum()
+        words = bits[start : start + _CHUNK].to(device).to(torch.int64)
+        total += mixed(words + torch.arange(start + 1, start + 1 + len(words), device=device) * ODD).sum()
     return total
 
 
@@ -177,7 +180,7 @@ def _compared(tensor: _Held, a: int, b: int, group: dist.ProcessGroup | None) ->
     facts: list[Any] = [None]
     if rank in (a, b):
         assert tensor.memory is not None
-        mine = tensor.memory.contiguous().reshape(-1)
+        mine = tensor.memory.to(tensor.device).contiguous().reshape(-1)
         if rank == b:
             dist.send(mine.view(torch.uint8), home, group=group)
         else:

@@ -9,9 +9,11 @@ import torch
 
 from oput_dist.kernels.stage import Update
 
+from .cell import found_in
 from .finish import finish
+from .forms import flats_of, lost_of
 from .plan import Plan
-from .sweep import Part, sweep
+from .sweep import part_of, sweep
 
 __all__ = ["rewrite"]
 
@@ -36,12 +38,13 @@ def rewrite(
         names: of the state that it is given, in order.
         scalars: the NamedTuple ``h`` of each parameter group that is rewritten, by its number.
     """
-    parts = []
+    parts, written = [], []
     for slot in plan.slots:
         held = state.get(slot.parameter, {})
-        begun = bool(plan.counters[slot.counter] > 0) and all(held.get(n) is not None for n in names)
+        begun = bool(plan.counters[slot.counter] > 0) and all(found_in(slot, held, n) is not None for n in names)
         if slot.group in scalars and slot.numel and begun:
             p = slot.flat_parameter()
-            parts.append(Part(slot, p, p, slot.flat_state(held, names, None), slot.lost(held)))
+            parts.append(part_of(slot, p, p, flats_of(slot, held, names), lost_of(slot, held)))
+            written.append((slot, p))
     sweep(plan, stage, parts, scalars, backends)
-    finish(plan, [(part.slot, part.p) for part in parts], lambda slot: slot.group in scalars)
+    finish(plan, written, lambda slot: slot.group in scalars)

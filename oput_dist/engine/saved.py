@@ -12,7 +12,7 @@ from oput_dist.layout import LayoutError
 from oput_dist.layout.flattened import is_flattened
 
 from .agree import gathered, joint_groups
-from .coded import with_tensors
+from .forms import with_tensors
 from .matrices import matrices_in, owning_slots
 from .owned import kept_by
 from .slot import Slot
@@ -71,8 +71,8 @@ def _check_shapes(optimizer: Any) -> None:
 
 
 def _decode(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Put numbers in place of codes: they reshard, and load under any other form of the state."""
-    if optimizer.options.storage is None:
+    """Put tensors in place of what steps open: they reshard, and load under any other form of the state."""
+    if not optimizer.options.opens:
         return
     every: dict[torch.Tensor, list[Slot]] = {}
     for slot in optimizer._current_plan().slots:
@@ -81,9 +81,8 @@ def _decode(optimizer: Any, saved: dict[str, Any]) -> None:
         for parameter, key in zip(group["params"], packed["params"], strict=True):
             if saved["state"].get(key):
                 slots = every[parameter]
-                recipes = [optimizer.recipe(group, slot.layout.shape) for slot in slots]
-                names = dict.fromkeys((COMPENSATION, *(name for recipe in recipes for name in recipe.state)))
-                saved["state"][key] = with_tensors(slots, saved["state"][key], list(names))
+                names = [(COMPENSATION, *optimizer.recipe(group, slot.layout.shape).state) for slot in slots]
+                saved["state"][key] = with_tensors(slots, saved["state"][key], names)
 
 
 def spread_owned(optimizer: Any, saved: dict[str, Any]) -> None:

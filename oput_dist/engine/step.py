@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, MutableMapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -13,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from oput_dist.backends import Batch, Scalars, choose, compute_dtype, send
-from oput_dist.kernels.codes import Format
 from oput_dist.kernels.stage import Joint, JointWithLoss, Prologue, Stored, Vectors
 
 from .between import Between
-from .buckets import Bucket, Member, key_of, set_apart, waves, written
-from .coded import Cell, drop_joint, kept_state
+from .buckets import Bucket, Member, key_of, set_apart, written
+from .cell import Cell
 from .coding import Coding
 from .cuts import find_cuts
 from .finish import finish, updated
+from .forms import drop_joint, kept_state
 from .matrices import Matrices, matrices_of, takes_part
 from .options import Options
 from .plan import Plan, check_sums
@@ -30,6 +29,7 @@ from .scaling import gradient_scale, norm_tables
 from .slot import Slot, vectors_of
 from .stacks import stacks_of
 from .sums import Boundary, Family, Members, members_of
+from .waves import waves
 from .writing import names_of, write_of
 
 __all__ = ["Options", "Outcome", "Spread", "Step"]
@@ -146,7 +146,7 @@ class Step:
         buckets = self._buckets(active, state, scale)
         self._plan.count(present)
         self._run_stages(buckets, None if rehearsed else matrices, scratch)
-        if self._options.storage is not None:
+        if self._options.opens:
             drop_joint(self._plan.slots, self.state, self._names_of)
         if not self._options.accumulate:
             finish(self._plan, [pair for b in buckets for pair in zip(b.slots, b.batch.p, strict=True)])
@@ -212,16 +212,16 @@ class Step:
             for members in waves(every, divide=not whole):
                 slots = [member.slot for member in members]
                 places = tuple((member.slot.index, member.start) for member in members)
-                coded = bool(members[0].cells)
+                opens = bool(members[0].cells)
                 batch = Batch(
                     p=[member.part(flats[member.slot]) for member in members],
                     g=[member.part(member.gradient) for member in members],
-                    state=[] if coded else [member.state for member in members],  # type: ignore[misc]
+                    state=[] if opens else [member.state for member in members],  # type: ignore[misc]
                     scalars=self.scalars_of(slots),
                     prologue=prologue,
                     scale=scale.get(key[3]),
                     cache=self._plan.cache((recipe, prologue, places)),
-                    lasting=not coded,
+                    lasting=not opens,
                 )
                 buckets.append(Bucket(members, recipe, batch, [self._steps[slot] for slot in slots], total))
         return buckets
@@ -281,10 +281,9 @@ class Step:
             tables = {device: boundary.zeros(device) for device, boundary in boundaries.items()}
             if number == 1 and matrices is not None:
                 matrices.run({index: memory for index, (memory,) in scratch.items()}, self.state, self._groups)
-            for bucket in buckets:
-                if number < len(bucket.recipe.stages):
-                    with coding.opened(bucket, bucket.recipe.stages[number]) if coding else nullcontext():
-                        self._run_stage(number, bucket, between, boundaries, tables)
+            own = [bucket for bucket in buckets if number < len(bucket.recipe.stages)]
+            for bucket in coding.opened(own, number) if coding else own:
+                self._run_stage(number, bucket, between, boundaries, tables)
             if coding and any(r.stages[number].writes_state for r, _ in self._kinds if number < len(r.stages)):
                 coding.settle()
             for device, boundary in boundaries.items():
@@ -294,16 +293,8 @@ class Step:
             self._settle_jointly(number, between)
 
     def _coding(self) -> Coding | None:
-        storage = self._options.storage
-        if storage is None:
-            return None
-        known = storage
-
-        def coded(slot: Slot) -> list[tuple[str, int]]:
-            forms = [(name, known.of(name, slot)) for name in self.recipe_of(slot).state]
-            return [(name, form.block) for name, form in forms if isinstance(form, Format)]
-
-        return Coding(self._plan, coded, (tuple(self._kind), tuple(self._kinds)), self._options.backends)
+        key = (tuple(self._kind), tuple(self._kinds))
+        return Coding(self._plan, self.recipe_of, key, self._options) if self._options.opens else None
 
     def _families_of_stored(self) -> tuple[list[Family], Members]:
         """Slots whose first stage is given their vector state, those of one recipe and shape together."""

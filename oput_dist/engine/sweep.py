@@ -13,10 +13,12 @@ from oput_dist.backends import BACKENDS, Batch, Scalars, choose, send
 from oput_dist.collectives import Schedule, packed_sum
 from oput_dist.kernels.stage import Prologue, Stage, Write, measures
 
+from .coded import Coded, decoded
+from .hosted import Hosted
 from .plan import Plan
 from .slot import Slot
 
-__all__ = ["Part", "Sums", "sweep"]
+__all__ = ["Far", "Part", "Sums", "part_of", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,57 @@ class Part:
     state: tuple[torch.Tensor, ...] = ()
     lost: torch.Tensor | None = None
     """What rounding of ``p`` lost, where the optimizer keeps that: read and written with it."""
+
+
+@dataclass(frozen=True)
+class Far:
+    """A :class:`Part` of which something is in host memory. A sweep has one of them on the device at a time."""
+
+    slot: Slot
+    p: torch.Tensor | Hosted
+    g: torch.Tensor | Hosted
+    state: tuple[torch.Tensor | Hosted, ...] = ()
+    lost: torch.Tensor | Hosted | None = None
+
+    def brought(self) -> Part:
+        """With copies of what is on the host."""
+        made: dict[int, torch.Tensor] = {}  # the same for the same
+        p, g, *state = (
+            made.setdefault(id(each), self._brought(each)) if isinstance(each, Hosted) else each
+            for each in (self.p, self.g, *self.state)
+        )
+        lost = self._brought(self.lost) if isinstance(self.lost, Hosted) else self.lost
+        return Part(self.slot, p, g, tuple(state), lost)
+
+    def _brought(self, hosted: Hosted) -> torch.Tensor:
+        value, device = hosted.value, self.slot.device
+        return decoded(self.slot, value) if isinstance(value, Coded) else value.to(device, copy=True)
+
+    def put_back(self, part: Part, stage: Stage) -> None:
+        """Copy to the host what a stage wrote."""
+        pairs: list[tuple[Any, torch.Tensor | None]] = []
+        if stage.writes_parameter:
+            pairs += [(self.p, part.p), (self.lost, part.lost)]
+        if stage.writes_state:
+            pairs += zip(self.state, part.state, strict=True)
+        for there, here in pairs:
+            if isinstance(there, Hosted) and here is not None:
+                value = there.value
+                assert isinstance(value, torch.Tensor)
+                value.copy_(here)
+
+
+def part_of(
+    slot: Slot,
+    p: torch.Tensor | Hosted,
+    g: torch.Tensor | Hosted,
+    state: tuple[torch.Tensor | Hosted, ...] = (),
+    lost: torch.Tensor | Hosted | None = None,
+) -> Part | Far:
+    """A part, wherever its tensors are."""
+    kind: Any = Far if any(isinstance(each, Hosted) for each in (p, g, *state, lost)) else Part
+    made: Part | Far = kind(slot, p, g, state, lost)
+    return made
 
 
 @dataclass(frozen=True)
@@ -57,7 +110,7 @@ class Sums:
 def sweep(
     plan: Plan,
     stage: Stage,
-    parts: Sequence[Part],
+    parts: Sequence[Part | Far],
     scalars: Mapping[int, Any],
     backends: Sequence[str] = BACKENDS,
     given: Sums | None = None,
@@ -78,28 +131,40 @@ def sweep(
     """
     buckets: dict[Any, list[Part]] = {}
     for part in parts:
-        key = (part.p.dtype, part.g.dtype, part.p.device, part.lost is None, *[t.dtype for t in part.state])
-        buckets.setdefault(key, []).append(part)
+        if isinstance(part, Part):
+            key = (part.p.dtype, part.g.dtype, part.p.device, part.lost is None, *[t.dtype for t in part.state])
+            buckets.setdefault(key, []).append(part)
     made: dict[int, torch.Tensor] = {}
     for members in buckets.values():
-        groups = sorted({part.slot.group for part in members})
-        rows = [(0.0, *scalars[group]) for group in groups]
-        which = [groups.index(part.slot.group) for part in members]
-        device = members[0].p.device
-        h = Scalars(type(scalars[groups[0]]), rows, which, device)
-        state = [m.state if m.lost is None else (m.lost, *m.state) for m in members]
-        write = Write.NEAREST if members[0].lost is None else Write.KAHAN
-        batch = Batch([m.p for m in members], [m.g for m in members], state, h, Prologue(write=write))
-        sums = None
-        if given is not None:
-            sums = given.tables[device][send(torch.tensor([m.slot.index for m in members], device="cpu"), device)]
-        backend = choose(tuple(backends), device, sum(m.p.numel() for m in members))
-        measured = backend.run(stage, batch, sums)
-        if measured is not None:
-            made.update(zip((m.slot.index for m in members), measured, strict=True))
+        made.update(_run(stage, members, scalars, backends, given))
+    for far in parts:
+        if isinstance(far, Far):
+            near = far.brought()
+            made.update(_run(stage, [near], scalars, backends, given))
+            far.put_back(near, stage)
     return (
-        _added_up(plan, len(stage.sums), made, {m.slot.index: m.p.numel() for m in parts}) if measures(stage) else None
+        _added_up(plan, len(stage.sums), made, {m.slot.index: m.slot.numel for m in parts}) if measures(stage) else None
     )
+
+
+def _run(
+    stage: Stage, members: Sequence[Part], scalars: Mapping[int, Any], backends: Sequence[str], given: Sums | None
+) -> dict[int, torch.Tensor]:
+    """Run a stage on parts that are alike; what it measured of each, by number of the slot."""
+    groups = sorted({part.slot.group for part in members})
+    rows = [(0.0, *scalars[group]) for group in groups]
+    which = [groups.index(part.slot.group) for part in members]
+    device = members[0].p.device
+    h = Scalars(type(scalars[groups[0]]), rows, which, device)
+    state = [m.state if m.lost is None else (m.lost, *m.state) for m in members]
+    write = Write.NEAREST if members[0].lost is None else Write.KAHAN
+    batch = Batch([m.p for m in members], [m.g for m in members], state, h, Prologue(write=write))
+    sums = None
+    if given is not None:
+        sums = given.tables[device][send(torch.tensor([m.slot.index for m in members], device="cpu"), device)]
+    backend = choose(tuple(backends), device, sum(m.p.numel() for m in members))
+    measured = backend.run(stage, batch, sums)
+    return {} if measured is None else dict(zip((m.slot.index for m in members), measured, strict=True))
 
 
 def _added_up(plan: Plan, terms: int, made: Mapping[int, torch.Tensor], counts: Mapping[int, int]) -> Sums:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from oput_dist.layout import LayoutError, flat
 
 from .agree import gathered, joint_groups
-from .coded import dtype_of, value_of
+from .forms import dtype_of, value_of
 from .match import qualified_names
 from .matrices import matrices_of
 from .owned import kept_by
@@ -135,7 +135,7 @@ def put_together(
     bits = scratch[slot.device][:size].zero_()
     whole = bits.view(dtype).view(layout.shape)
     if value is not None:
-        piece = flat(layout.piece_of_state(value), slot.strides)
+        piece = flat(layout.piece_of_state(value), slot.strides).to(slot.device)
         for box, part in zip(slot.boxes, slot.views(piece), strict=True):
             whole[box.index] = part
     for group in layout.groups:

@@ -75,8 +75,8 @@ class Layout(ABC):
         return value
 
     @abstractmethod
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        """State for the piece, as it is kept in ``optimizer.state`` and in checkpoints."""
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        """State for the piece, as it is kept in ``optimizer.state`` and in checkpoints; on another device if given."""
 
     @abstractmethod
     def adopt(self, value: torch.Tensor) -> torch.Tensor:

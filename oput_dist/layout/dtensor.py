@@ -18,7 +18,7 @@ from .base import Layout, LayoutError
 from .box import Box, Index, one_box
 from .flat import dense_strides
 
-__all__ = ["Distributed", "Sizes", "index_on", "local_tensor"]
+__all__ = ["Distributed", "Sizes", "index_on", "local_tensor", "whole_tensor"]
 
 
 class Distributed(Layout):
@@ -122,12 +122,17 @@ class Distributed(Layout):
             if self._mesh.size(dim) > 1
         )
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._zeros(dtype)
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        return self._zeros(dtype, device or self.device)
 
-    def _zeros(self, dtype: torch.dtype) -> DTensor:
-        local = torch.empty_strided(self._local_shape, self._local_strides, dtype=dtype, device=self.device).zero_()
-        return self.placed(local)
+    def _zeros(self, dtype: torch.dtype, device: torch.device) -> DTensor:
+        local = torch.empty_strided(self._local_shape, self._local_strides, dtype=dtype, device=device).zero_()
+        if device.type in (self._mesh.device_type, "meta"):
+            return self.placed(local)
+        spec = self.placed(
+            torch.empty_like(local, device="meta")
+        )._spec  # from_local would move it to the mesh's device
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
     def placed(self, local: torch.Tensor) -> DTensor:
         """The DTensor that is laid out like the parameter and of which this rank holds ``local``."""
@@ -146,8 +151,9 @@ class Distributed(Layout):
         if value.device_mesh != self._mesh:
             raise LayoutError(f"state on the mesh {value.device_mesh} for a parameter on {self._mesh}")
         if value.placements != self._placements:
-            value = value.redistribute(self._mesh, self._placements)
-        result = self._zeros(value.dtype)
+            near: DTensor = value.to(self.device)  # type: ignore[assignment]  # host tensors may not be sent
+            value = near.redistribute(self._mesh, self._placements)
+        result = self._zeros(value.dtype, self.device)
         local_tensor(result).copy_(local_tensor(value))
         return result
 
@@ -189,6 +195,12 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
     """The local piece as a plain tensor, without autograd's copy; waits for a collective that still runs."""
     local = tensor._local_tensor
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def whole_tensor(tensor: DTensor) -> torch.Tensor:
+    """The whole, also of one whose pieces are on the CPU while its ranks communicate on GPUs."""
+    near: DTensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]
+    return near.full_tensor()
 
 
 # --------------------------------------------------------------------------------------------- which indices a rank has

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
 from .box import Box, boxes_of_range, in_order
+from .dtensor import whole_tensor
 from .plain import Plain
 
 __all__ = [
@@ -174,12 +175,12 @@ class Fragment(Layout):
     def piece_of_state(self, value: torch.Tensor) -> torch.Tensor:
         return value if self._alone or tuple(value.shape) != (self._size,) else value[self._range]
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(self._size, dtype=dtype, device=self.device)
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        return torch.zeros(self._size, dtype=dtype, device=device or self.device)
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):
-            value = value.full_tensor()
+            value = whole_tensor(value)
         if tuple(value.shape) == (self._size,):
             return self.zeros(value.dtype).copy_(value)
         if not self._alone or value.shape != self.shape:

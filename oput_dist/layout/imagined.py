@@ -75,7 +75,7 @@ class Imagined(Layout):
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.new_empty(self.local, device="meta")
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
         return torch.zeros(self.local, dtype=dtype, device="meta")
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,8 @@ class Partitioned(Layout):
         one = parameter.view(1)  # every rank updates it, and the first one's value holds
         return [one] + [one[1:]] * (len(self._bounds) - 1)
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._state.zeros(dtype)
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        return self._state.zeros(dtype, device)
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         return self._state.adopt(value)

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from .base import Layout, LayoutError
 from .box import Box, one_box, whole_index
+from .dtensor import whole_tensor
 from .flat import dense_strides
 
 __all__ = ["Plain"]
@@ -40,12 +41,12 @@ class Plain(Layout):
     def piece(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def zeros(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=self.device).zero_()
+    def zeros(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device or self.device).zero_()
 
     def adopt(self, value: torch.Tensor) -> torch.Tensor:
         if isinstance(value, DTensor):
-            value = value.full_tensor()
+            value = whole_tensor(value)
         if value.shape != self.shape:
             raise LayoutError(f"state of shape {tuple(value.shape)} for a parameter of shape {tuple(self.shape)}")
         return self.zeros(value.dtype).copy_(value)

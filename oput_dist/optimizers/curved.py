@@ -12,7 +12,7 @@ from oput_dist.curvature import Context, EmpiricalFisher, Estimator, GaussNewton
 from oput_dist.curvature.context import check_averaged, data_groups, undisturbed
 from oput_dist.curvature.fold import cut, fold, spatial_means
 from oput_dist.engine import Common, Group, Optimizer, Params
-from oput_dist.engine.coded import kept_state
+from oput_dist.engine.forms import kept_state
 from oput_dist.engine.hyper import nearest
 from oput_dist.engine.match import qualified_names
 from oput_dist.engine.plan import Plan

@@ -9,9 +9,9 @@ from typing_extensions import Unpack
 
 from oput_dist.curvature import Estimator, GaussNewtonBartlett, Hutchinson
 from oput_dist.engine import Common, Group, Params, Recipe, Shape, row_of
-from oput_dist.engine.coded import numbers_of
+from oput_dist.engine.forms import numbers_of
 from oput_dist.engine.hyper import Betas, Nonnegative, Positive, PositiveInteger, hyperparameters
-from oput_dist.engine.sweep import Part, sweep
+from oput_dist.engine.sweep import part_of, sweep
 from oput_dist.kernels.language import rule, tl
 from oput_dist.kernels.math import at_least, at_most, lerp
 from oput_dist.kernels.stage import WHOLE, Decay, Measure, Update
@@ -108,7 +108,7 @@ class Sophia(Curved):
         for slot in plan.slots:
             if slot.numel and (held := self.state.get(slot.parameter)):
                 moment, hessian = (numbers_of(slot, held, name) for name in ("exp_avg", "hessian"))
-                parts.append(Part(slot, moment, hessian))
+                parts.append(part_of(slot, moment, hessian))
         rows = {i: row_of(rho=group["rho"], eps=group["eps"]) for i, group in enumerate(self.param_groups)}
         sums = sweep(plan, Measure(sophia_report, (WHOLE, WHOLE), writes_state=False), parts, rows)
         assert sums is not None

@@ -39,6 +39,11 @@ class Forecast:
     parameter_bytes: Spread
     gradient_bytes: Spread
     state_bytes: Spread
+    """On the device."""
+    host_bytes: Spread
+    """Of state in host memory (``state_device="cpu"``)."""
+    all_state_bytes: Spread
+    """Of both."""
     whole_state_bytes: int
     """What one process alone would hold."""
     sent: Mapping[str, Spread]
@@ -67,7 +72,7 @@ class Forecast:
     @property
     def state_share(self) -> float:
         """State of the fullest rank over an even share of all, ``whole_state_bytes / ranks``."""
-        return self.state_bytes.most * self.ranks / self.whole_state_bytes if self.whole_state_bytes else 1.0
+        return self.all_state_bytes.most * self.ranks / self.whole_state_bytes if self.whole_state_bytes else 1.0
 
     @property
     def step_seconds(self) -> float:
@@ -83,6 +88,7 @@ class Forecast:
                     ("parameters", self.parameter_bytes),
                     ("gradients", self.gradient_bytes),
                     ("state", self.state_bytes),
+                    *([("state on host", self.host_bytes)] if self.host_bytes.most else []),
                     *((f"sent, {purpose}", spread) for purpose, spread in self.sent.items()),
                 )
             ),

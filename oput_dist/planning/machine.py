@@ -22,6 +22,7 @@ class Machine:
         inside_rate: bytes a second that a rank sends to others of its node. Default 300e9.
         between_rate: bytes a second that a rank sends to other nodes. Default 50e9.
         memory_rate: bytes a second that an elementwise pass reads and writes. Default 2.7e12.
+        host_rate: bytes a second that a device copies from host memory, while it copies as many there. Default 50e9.
         matrix_rate: floating-point operations a second of matrix products. Default 400e12.
 
     Raises:
@@ -34,6 +35,7 @@ class Machine:
     inside_rate: float = 300e9
     between_rate: float = 50e9
     memory_rate: float = 2.7e12
+    host_rate: float = 50e9
     matrix_rate: float = 400e12
 
     def __post_init__(self) -> None:

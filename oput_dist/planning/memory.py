@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from oput_dist.engine.coded import kept_state
-from oput_dist.engine.size import bytes_of
+from oput_dist.engine.forms import kept_state
+from oput_dist.engine.size import bytes_of, host_bytes_of
 from oput_dist.engine.slot import Slot, vectors_of
 from oput_dist.engine.writing import names_of
 
@@ -26,9 +26,13 @@ class Held:
     parameters: int = 0
     gradients: int = 0
     state: int = 0
-    """Without what owners of matrices keep."""
+    """On the device. Without what owners of matrices keep."""
     traffic: int = 0
     """Read and written in a step: each stage reads parameter, gradient and state, and writes what it changes."""
+    host: int = 0
+    """Of state in host memory."""
+    fetched: int = 0
+    """Copied from there in a step, once for each stage; at most as many bytes are copied back at the same time."""
 
     def plus(self, other: Held, times: int) -> Held:
         """With so many others."""
@@ -72,4 +76,5 @@ def _of(given: Given, world: World, slot: Slot, trained: bool) -> Held:
     stored += scratch - lost
     for stage in recipe.stages:
         moved += 2 * piece + lost + stored + (piece + lost) * stage.writes_parameter + stored * stage.writes_state
-    return Held(own, own, bytes_of(state), moved)
+    host = host_bytes_of(state)
+    return Held(own, own, bytes_of(state) - host, moved, host, host * len(recipe.stages))

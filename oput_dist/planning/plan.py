@@ -69,7 +69,7 @@ def plan(
     slots = params.slots(world, 0)
     memory, owners = held(params, world), ownership(params, world, slots)
     alone = World("ddp", (1,))
-    kept = sum(owners.kept)
+    kept, whole = sum(owners.kept), held(params, alone)[0]
     sums, rows = all_reduces(params, world, slots), gathers(world, slots)
     sent = _sent(world, sums, rows, owners)
     return Forecast(
@@ -80,7 +80,9 @@ def plan(
         parameter_bytes=Spread.of([one.parameters for one in memory]),
         gradient_bytes=Spread.of([one.gradients for one in memory]),
         state_bytes=Spread.of(_state(memory, owners)),
-        whole_state_bytes=held(params, alone)[0].state + kept,
+        host_bytes=Spread.of([one.host for one in memory]),
+        all_state_bytes=Spread.of([a + one.host for a, one in zip(_state(memory, owners), memory, strict=True)]),
+        whole_state_bytes=whole.state + whole.host + kept,
         sent={purpose: Spread.of(each) for purpose, each in sent.items()},
         sent_bytes=Spread.of([sum(each) for each in zip(*sent.values(), strict=True)]),
         collectives={
@@ -123,6 +125,7 @@ def _seconds(
     sending = machine.collective(world.ranks, moved) - machine.collective(world.ranks, 0)
     return {
         "passes": max(one.traffic for one in memory) / machine.memory_rate,
+        "state from the host": max(one.fetched for one in memory) / machine.host_rate,
         "sums": sum(machine.collective(ranks, sent) for ranks, sent in sums),
         "matrices": max(owners.cost) / machine.matrix_rate,
         "to owners and back": waits + sending,

@@ -10,10 +10,12 @@ from torch import nn
 
 from oput_dist.engine import Optimizer, Params, row_of
 from oput_dist.engine.finish import finish, updated
+from oput_dist.engine.forms import lost_of
+from oput_dist.engine.hosted import Hosted
 from oput_dist.engine.hyper import PositiveInteger, Share, check_group, signature_checks
 from oput_dist.engine.slot import Slot
 from oput_dist.engine.step import Outcome
-from oput_dist.engine.sweep import Part, sweep
+from oput_dist.engine.sweep import Far, Part, part_of, sweep
 from oput_dist.engine.wrapper import Wrapper, inner_of
 from oput_dist.kernels.language import rule
 from oput_dist.kernels.stage import Update
@@ -155,23 +157,18 @@ class Lookahead(Wrapper):
         self.reshard()
         plan = self.plan()
         slots = [s for s in plan.slots if s.group in due and s.numel and s.parameter in self._kept.state]
-        near = [self._part(slot) for slot in slots if not self._far(slot)]
-        sweep(plan, Update(meet), near, due, self.backends)
-        far = [self._part(slot) for slot in slots if self._far(slot)]
-        for part in far:  # one by one, so that the device holds one tensor of them
-            kept = self._kept.state[part.slot.parameter][SLOW]
-            moved = Part(part.slot, part.p, part.g, (part.state[0].to(part.p.device, copy=True),), part.lost)
-            sweep(plan, Update(meet), [moved], due, self.backends)
-            _flat_on_host(part.slot, kept).copy_(moved.state[0])
+        flats = [(slot, slot.flat_parameter()) for slot in slots]
+        sweep(plan, Update(meet), [self._part(slot, p) for slot, p in flats], due, self.backends)
         # What is gathered must be the same on all ranks, also on one whose piece of a parameter is empty.
-        finish(plan, [(part.slot, part.p) for part in (*near, *far)], lambda s: s.group in due and updated(s))
+        finish(plan, flats, lambda s: s.group in due and updated(s))
         for name in self._momenta:
             self._pull_back(name, slots, due)
 
-    def _part(self, slot: Slot) -> Part:
-        kept, p = self._kept.state[slot.parameter], slot.flat_parameter()
-        slow = _flat_on_host(slot, kept[SLOW]) if self._far(slot) else slot.flat_state(kept, (SLOW,), None)[0]
-        return Part(slot, p, p, (slow,), slot.lost(self.origin.state.get(slot.parameter, {})))
+    def _part(self, slot: Slot, p: torch.Tensor) -> Part | Far:
+        kept, slow = self._kept.state[slot.parameter], (SLOW,)
+        far = Hosted(_flat_on_host(slot, kept[SLOW]), slot.device) if self._far(slot) else None
+        state = slot.flat_state(kept, slow, None) if far is None else (far,)
+        return part_of(slot, p, p, state, lost_of(slot, self.origin.state.get(slot.parameter, {})))
 
     def _pull_back(self, name: str, slots: list[Slot], due: Mapping[int, Any]) -> None:
         """Reset a momentum, or move it back."""
@@ -251,10 +248,11 @@ def momenta_of(optimizer: torch.optim.Optimizer, asked: str) -> tuple[str, ...]:
             "Lookahead(AdaGraft(...)), which keeps them"
         )
     origin: Any = optimizer.origin if isinstance(optimizer, Wrapper) else optimizer
-    if getattr(getattr(origin, "options", None), "storage", None) is not None:
+    if getattr(getattr(origin, "options", None), "opens", False):
         raise ValueError(
-            f"Lookahead: inner_state={asked!r} changes momentum as it is kept, and state_dtype= or state_overrides= "
-            f"of {type(origin).__name__} keep it in forms of their own: give inner_state='keep', or one dtype"
+            f"Lookahead: inner_state={asked!r} changes momentum as it is kept, and state_dtype=, state_overrides= or "
+            f"state_device= of {type(origin).__name__} keep it in forms or places of their own: give "
+            "inner_state='keep', or one dtype"
         )
     names = recipe_names(optimizer)
     if names is None:
