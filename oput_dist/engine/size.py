@@ -10,6 +10,7 @@ import torch
 from oput_dist.layout import whole_or_local
 
 from .coded import Coded
+from .packed import Packed
 
 __all__ = ["bytes_of", "state_bytes"]
 
@@ -22,5 +23,5 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def bytes_of(state: Mapping[str, Any]) -> int:
     """Bytes of the state of one parameter that this rank holds."""
     tensors = (whole_or_local(value) for value in state.values() if isinstance(value, torch.Tensor))
-    coded = sum(value.nbytes for value in state.values() if isinstance(value, Coded))
+    coded = sum(value.nbytes for value in state.values() if isinstance(value, (Coded, Packed)))
     return coded + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -128,7 +128,7 @@ class Shampoo(Preconditioned):
         graft: Literal["sgd", "adagrad", "rmsprop", "adam"] | None = "adam",
         graft_beta: Fraction = 0.999,
         graft_eps: Nonnegative = 1e-8,
-        factor_dtype: Literal["bfloat16"] | None = None,
+        factor_dtype: Literal["bfloat16", "int8"] | None = None,
         adam_factor: Nonnegative = 1.0,
         adam_betas: Betas = (0.9, 0.999),
         adam_eps: Nonnegative = 1e-8,

@@ -84,7 +84,7 @@ class SOAP(Preconditioned):
         max_preconditioner_dim: PositiveInteger = 10000,
         block_size: PositiveInteger | None = None,
         stagger: bool = True,
-        factor_dtype: Literal["bfloat16"] | None = None,
+        factor_dtype: Literal["bfloat16", "int8"] | None = None,
         adam_factor: Nonnegative = 1.0,
         matrix_params: Test | None = None,
         **common: Unpack[Common],
