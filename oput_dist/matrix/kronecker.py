@@ -193,7 +193,7 @@ def side(size: int, dtype: torch.dtype, stored: torch.dtype | None, packing: Pac
 def keep_statistics(held: Held, gradient: torch.Tensor, axis: int, decay: float, counting: Mask) -> None:
     """:func:`add_to` what is kept of an axis, perhaps in a shorter form."""
     name = f"factor_{axis}"
-    factor = held.numbers(name, gradient.dtype)
+    factor = held.numbers(name, gradient.dtype, whole=False)
     add_to(factor, gradient, axis, decay, counting)
     if factor is not held[name]:
         held.replace(name, factor, range(len(factor)))

@@ -32,12 +32,15 @@ class Packing(ABC):
         return _PART * (shape[0] + -(-shape[0] * shape[1] // _PART))
 
     @abstractmethod
-    def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """``[n, d, d]`` in a dtype, from uint8 ``[n, size]``, the bytes of each one after the other."""
+    def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
+        """``[n, d, d]`` in a dtype, from uint8 ``[n, size]``, the bytes of each one after the other.
+
+        If it need not be the ``whole`` of it, what lies above the diagonal of symmetric ones is zeros.
+        """
 
     @abstractmethod
     def pack(self, numbers: torch.Tensor) -> torch.Tensor:
-        """uint8 ``[n, size]`` of ``[n, d, d]``."""
+        """uint8 ``[n, size]`` of ``[n, d, d]``. Of symmetric ones nothing above the diagonal is looked at."""
 
 
 def _parts(kept: torch.Tensor, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,18 +59,19 @@ def _empty(numbers: torch.Tensor) -> torch.Tensor:
 class Symmetric(Packing):
     """A positive semidefinite matrix: its diagonal exactly, of every pair of other elements a code of 16 bits.
 
-    The code is the signed root of the correlation, ``a_ij / sqrt(a_ii a_jj)``, of -1 to 1, in steps of 1/32767. Its
-    high byte is below the diagonal and its low byte above it.
+    The code is the signed root of the correlation, ``a_ij / sqrt(a_ii a_jj)``, of -1 to 1, in steps of 1/32767. The
+    square has its high byte below the diagonal, and its low byte where that is when all rows and columns are reversed:
+    above it.
     """
 
-    def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
         diagonal, square = _parts(kept, shape)
-        scale = _scale(diagonal, dtype)
         numbers = square.view(torch.int8).to(dtype)
-        other = torch.empty_like(numbers).copy_(square.mT)
-        numbers.mul_(256).add_(other).tril_(-1)
-        numbers.mul_(torch.abs(numbers, out=other)).mul_(scale.unsqueeze(2)).mul_(scale.unsqueeze(1))
-        numbers += other.copy_(numbers.mT)
+        other = torch.empty_like(numbers).copy_(square.flip(1, 2))
+        numbers.mul_(256 / _MOST).add_(other, alpha=1 / _MOST).tril_(-1)
+        numbers.mul_(torch.abs(numbers, out=other)).mul_(_sizes(diagonal, dtype, other))
+        if whole:
+            numbers += other.copy_(numbers.mT)
         numbers.diagonal(dim1=1, dim2=2).copy_(diagonal)
         return numbers
 
@@ -75,19 +79,19 @@ class Symmetric(Packing):
         kept = _empty(numbers)
         diagonal, square = _parts(kept, numbers.shape[1:])
         diagonal.copy_(numbers.diagonal(dim1=1, dim2=2))
-        scale = _scale(diagonal, numbers.dtype)
-        inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
-        given = (numbers * inverse.unsqueeze(2)).mul_(inverse.unsqueeze(1)).tril_(-1)
-        roots = given.abs().sqrt_().round_().clamp_(max=_MOST).copysign_(given).nan_to_num_(0.0)
-        codes = roots.to(torch.int16)
+        given = _sizes(diagonal, numbers.dtype, torch.empty_like(numbers))
+        torch.div(numbers, given, out=given).tril_(-1)
+        roots = given.abs().sqrt_().mul_(_MOST).round_().clamp_(max=_MOST)
+        codes = roots.mul_(given.sign_()).nan_to_num_(0.0).to(torch.int16)
         square.copy_((codes >> 8).to(torch.int8).view(torch.uint8))
-        square += codes.to(torch.uint8).mT
+        square += codes.to(torch.uint8).flip(1, 2)
         return kept
 
 
-def _scale(diagonal: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What two of are multiplied with the square of a code."""
-    return diagonal.to(dtype).clamp(min=0).sqrt() / _MOST
+def _sizes(diagonal: torch.Tensor, dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
+    """How large each element can be at most: ``sqrt(a_ii a_jj)``."""
+    root = diagonal.to(dtype).clamp(min=0).sqrt()
+    return torch.mul(root.unsqueeze(2), root.unsqueeze(1), out=out)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Columns(Packing):
     A step has 16 bits of mantissa: all that it is multiplied with is exact, and gives the same step again.
     """
 
-    def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
         step, square = _parts(kept, shape)
         return square.view(torch.int8).to(dtype).mul_(step.to(dtype).unsqueeze(1))
 

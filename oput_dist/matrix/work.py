@@ -41,9 +41,9 @@ class Kept:
         size, dtype = self.form
         return size * dtype.itemsize
 
-    def numbers(self, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def numbers(self, kept: torch.Tensor, dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
         """``[n, *shape]`` of some matrices, as :class:`Held` has them: the same tensor, if it is in this dtype."""
-        return kept.to(dtype) if self.packing is None else self.packing.unpack(kept, self.shape, dtype)
+        return kept.to(dtype) if self.packing is None else self.packing.unpack(kept, self.shape, dtype, whole)
 
     def kept(self, numbers: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`numbers`."""
@@ -99,9 +99,14 @@ class Held:
             self._stacked[name] = stacked if kept.packing is not None else stacked.view(len(parts), *kept.shape)
         return self._stacked[name]
 
-    def numbers(self, name: str, dtype: torch.dtype, places: Sequence[int] | None = None) -> torch.Tensor:
-        """``[n, *shape]`` in a dtype, of all or some places in rising order: what is kept itself, if it is that."""
-        return self._kept[name].numbers(self[name] if places is None else at(self[name], places), dtype)
+    def numbers(
+        self, name: str, dtype: torch.dtype, places: Sequence[int] | None = None, whole: bool = True
+    ) -> torch.Tensor:
+        """``[n, *shape]`` in a dtype, of all or some places in rising order: what is kept itself, if it is that.
+
+        If it need not be the ``whole`` of them, what lies above the diagonal of symmetric ones may be missing.
+        """
+        return self._kept[name].numbers(self[name] if places is None else at(self[name], places), dtype, whole)
 
     def replace(self, name: str, new: torch.Tensor, places: Sequence[int], which: torch.Tensor | None = None) -> None:
         """Keep something new at some places in rising order; where there is a mask ``[n]``, only at those in it."""
