@@ -41,6 +41,7 @@ def allocated(work: Any) -> int:
         ("muon", {}, 4 * ELEMENTS + 4 * 7),
         ("shampoo", {"block_size": 16}, None),
         ("soap", {}, None),
+        ("soap", {"factor_dtype": "int8"}, None),
     ],
 )
 def test_the_allocator_agrees(name: str, options: dict[str, Any], state: int | None) -> None:
