@@ -144,17 +144,17 @@ def same(found: tuple[list[Tensor], dict[str, Any], int], wanted: tuple[list[Ten
     )
 
 
-@pytest.mark.parametrize("make", BOTH)
-def test_no_rank_and_no_stop_changes_a_bit(pool: Pool, make: str) -> None:
+@pytest.mark.parametrize(("make", "n"), [("shampoo", 3), ("soap", 2)])
+def test_no_rank_and_no_stop_changes_a_bit(pool: Pool, make: str, n: int) -> None:
     wanted = trained(make, range(8))
     half = written(trained(make, range(4)))
     assert same(trained(make, range(4, 8), half), wanted)
-    for n in (2, 3):
-        every = pool.run(n, trained, make, range(4))
-        ranks = pool.run(n, trained, make, range(4, 8), half)
-        assert all(same(rank, wanted) for rank in ranks)
-        assert sum(size - 4 * len(SHAPES) for _, _, size in every) < wanted[2] - 4 * len(SHAPES) + 8 * 9 * n
-        assert same(trained(make, range(4, 8), written(every[0])), wanted)
+    every = pool.run(n, trained, make, range(4))
+    ranks = pool.run(n, trained, make, range(4, 8), half)
+    assert all(same(rank, wanted) for rank in ranks)
+    assert same(trained(make, range(4, 8), written(every[0])), wanted)
+    counters, others = 4 * len(SHAPES), 8 * 9  # each rank's own, and AdamW's state of the vector, padded
+    assert sum(size - counters for _, _, size in every) <= wanted[2] - counters + others
 
 
 @pytest.mark.parametrize("make", BOTH)

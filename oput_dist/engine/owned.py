@@ -83,6 +83,11 @@ class Owned:
         self._all = kept_by(work, slot)
         self._own = {name: [r for r in state.ranges if r.block in mine] for name, state in self._all.items()}
         self._kept = {name: tuple(one.kept for one in own) for name, own in self._own.items()}
+        self._plain = {
+            name: (sum(one.form[0] for one in kept), kept[0].dtype, slot.device)
+            for name, kept in self._kept.items()
+            if kept and kept[0].packing is None
+        }
 
     @property
     def names(self) -> Sequence[str]:
@@ -99,8 +104,11 @@ class Owned:
         own = self._own[name]
         if not own:
             return None
-        key, size = self._slot.key(name), sum(one.length for one in own)
+        key = self._slot.key(name)
         value = state.get(key)
+        if isinstance(value, torch.Tensor) and (value.numel(), value.dtype, value.device) == self._plain.get(name):
+            return value  # as at nearly every step, of every matrix
+        size = sum(one.length for one in own)
         assert value is None or isinstance(value, (torch.Tensor, Packed))
         if (count := size if value is None else _count(value)) != size:
             raise ValueError(
