@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -51,6 +54,54 @@ def test_an_error_comes_through_and_leaves_no_thread_count(three_threads: None) 
     one.start()
     one.join()
     assert numbers == [3]  # also of threads to come, as autograd's
+
+
+def who() -> set[int]:
+    """The threads that work for three jobs, each of which waits for all to begin."""
+    begun = threading.Barrier(3)
+
+    def job() -> int:
+        begun.wait(20)
+        assert torch.get_num_threads() == 1
+        return threading.get_ident()
+
+    return set(shared_out([job] * 3, [1.0] * 3))
+
+
+def test_threads_stay_and_follow_torchs_number(three_threads: None) -> None:
+    first = who()
+    assert len(first) == 3
+    assert who() == first
+    torch.set_num_threads(4)
+    seen: list[tuple[int, int, bool]] = []
+    shared_out([lambda: seen.append((threads(), torch.get_num_threads(), True))] * 4, [1.0] * 4)
+    assert seen == [(4, 1, True)] * 4
+    torch.set_num_threads(3)
+    assert len(who()) == 3
+
+
+def test_a_forked_process_has_threads_of_its_own(three_threads: None) -> None:
+    who()
+    child = os.fork()
+    if child == 0:  # as a worker of a DataLoader
+        signal.alarm(20)
+        try:
+            os._exit(0 if len(who()) == 3 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_error_waits_for_what_else_is_under_way(three_threads: None) -> None:
+    done: list[int] = []
+
+    def slow() -> None:
+        time.sleep(0.2)
+        done.append(1)
+
+    with pytest.raises(ZeroDivisionError):
+        shared_out([lambda: 1 // 0, slow, slow], [1.0] * 3)
+    assert done == [1, 1]
 
 
 @pytest.mark.parametrize("make", [*BOTH, oput.Muon])

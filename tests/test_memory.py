@@ -44,6 +44,7 @@ def allocated(work: Any) -> int:
         ("shampoo", {"block_size": 16}, None),
         ("soap", {}, None),
         ("adamw", {"state_device": Home("cpu")}, 0),
+        ("soap", {"factor_dtype": "int8"}, None),
     ],
 )
 def test_the_allocator_agrees(name: str, options: dict[str, Any], state: int | None) -> None:

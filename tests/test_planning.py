@@ -36,6 +36,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("came", {}),
     ("adamw", {"cautious": True}),
     ("soap", {"factor_dtype": "bfloat16", "block_size": 20}),
+    ("shampoo", {"factor_dtype": "int8", "block_size": 16, "refresh_delay": 1}),
+    ("soap", {"factor_dtype": "int8", "block_size": 20}),
 ]
 
 

@@ -355,6 +355,10 @@ def test_owners_stay_when_parameters_freeze_or_come_later(pool: Pool, make: str)
         ({"exponents": (0.5, -1.0)}, "exponents="),
         ({"exponents": (0.3,), "root_method": "newton"}, r"root_method='newton' cannot take exponents=\(0.3,\)"),
         ({"stagger": 1}, "stagger=1 is not allowed: must be True or False"),
+        (
+            {"factor_dtype": "uint8"},
+            r"factor_dtype='uint8' is not allowed: must be None or 'bfloat16' or 'int8' Did you mean 'int8'\?",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from .balance import assigned
 from .gather import Gathering
 from .nearness import nearest
-from .ranks import Exchange, Ranks
+from .ranks import Exchange, Ranks, Traffic
 from .routes import WAVE_BYTES, Share, rows, senders, share_of, waves
 
 __all__ = ["Matrix", "Owners", "Wholes"]
@@ -68,6 +68,7 @@ class Owners:
         self.owners = nearest(owners, [(m.cost, m.kept) for m in matrices], sizes, settled or {})
         self._senders = [senders([rank[i] for rank in held], owner) for i, owner in enumerate(self.owners)]
         self._waves = waves([m.shape for m in matrices], self.owners, self.ranks, itemsize, WAVE_BYTES)
+        self._routes: dict[int, tuple[tuple[int, ...], _Route]] = {}
         self._copies = ranks is None or (len(ranks.groups) == 1 and all(self._whole(i) for i in range(len(matrices))))
 
     @property
@@ -95,16 +96,24 @@ class Owners:
         if self._copies:
             self._run_here(waves, pieces, work)
             return
-        coming = [_Gather(self, wave, pieces) for wave in waves[:1]]
+        routes = [self._route(w, tuple(wave)) for w, wave in enumerate(waves)]
+        coming = [_Gather(self, route, pieces) for route in routes[:1]]
         leaving: list[_Scatter] = []
-        for w, wave in enumerate(waves):  # the same number on all ranks
-            coming += [_Gather(self, following, pieces) for following in waves[w + 1 : w + 2]]
+        for w, route in enumerate(routes):  # the same number on all ranks
+            coming += [_Gather(self, following, pieces) for following in routes[w + 1 : w + 2]]
             results = work(coming.pop(0).wholes())
             for last in leaving:
                 last.finish()
-            leaving = [_Scatter(self, wave, results, pieces)]
+            leaving = [_Scatter(self, route, results, pieces)]
         for last in leaving:
             last.finish()
+
+    def _route(self, w: int, wave: tuple[int, ...]) -> _Route:
+        """That of a wave, which is worked out anew when others of its matrices take part."""
+        known = self._routes.get(w)
+        if known is None or known[0] != wave:
+            known = self._routes[w] = (wave, _Route(self, wave))
+        return known[1]
 
     def _run_here(
         self, waves: Sequence[Sequence[int]], pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes]
@@ -168,60 +177,71 @@ class Owners:
             at += size
 
 
+class _Route:
+    """Who sends what of one wave to whom, and back: static."""
+
+    def __init__(self, owners: Owners, wave: Sequence[int]) -> None:
+        ranks, held = owners._ranks, owners._held
+        assert ranks is not None
+        sent: dict[tuple[int, int], list[int]] = {}
+        for i in wave:
+            for source in owners._senders[i]:
+                sent.setdefault((source, owners.owners[i]), []).append(i)
+        made: dict[int, list[int]] = {}
+        for i in sorted(wave):
+            made.setdefault(owners.owners[i], []).append(i)
+        self.rank, everyone = owners.rank, range(owners.ranks)
+        self.sent = [i for to in everyone for i in sent.get((owners.rank, to), ())]
+        """What this rank sends to owners, in order."""
+        self.to_owners = Traffic(
+            ranks, lambda source, to: sum(held[source][i].numel for i in sent.get((source, to), ()))
+        )
+        self.gathered = [_pieces(held[source], sent.get((source, owners.rank), ())) for source in everyone]
+        """What this rank gets of each to work on, and the elements of each."""
+        self.made = made.get(owners.rank, [])
+        """What this rank makes."""
+        self.back = Traffic(ranks, lambda source, to: sum(held[to][i].numel for i in made.get(source, ())))
+        own = held[owners.rank]
+        self.results = [_pieces(own, [i for i in made.get(source, ()) if own[i].numel]) for source in everyone]
+        """What this rank gets back of each, and the elements of each."""
+
+
+def _pieces(held: Sequence[Share], numbers: Sequence[int]) -> tuple[Sequence[int], list[int]]:
+    return numbers, [held[i].numel for i in numbers]
+
+
 class _Gather:
     """Pieces of one wave on their way to the owners."""
 
-    def __init__(self, owners: Owners, wave: Sequence[int], pieces: Sequence[torch.Tensor]) -> None:
-        self._owners, ranks = owners, owners._ranks
-        assert ranks is not None
-        self._sent: dict[tuple[int, int], list[int]] = {}
-        for i in wave:
-            for source in owners._senders[i]:
-                self._sent.setdefault((source, owners.owners[i]), []).append(i)
-        packed = owners.packed(pieces, [i for to in range(owners.ranks) for i in self._sent.get((owners.rank, to), ())])
-        self._exchange = Exchange(ranks, packed, self._size)
-
-    def _size(self, source: int, to: int) -> int:
-        return sum(self._owners._held[source][i].numel for i in self._sent.get((source, to), ()))
+    def __init__(self, owners: Owners, route: _Route, pieces: Sequence[torch.Tensor]) -> None:
+        self._owners, self._route = owners, route
+        self._exchange = Exchange(route.to_owners, owners.packed(pieces, route.sent))
 
     def wholes(self) -> Wholes:
         """The matrices of this rank, by number."""
         found: Wholes = {}
-        for source, share in enumerate(self._exchange.wait()):
-            at = 0
-            for i in self._sent.get((source, self._owners.rank), ()):
-                numel = self._owners._held[source][i].numel
-                found[i] = self._owners.put_together(share[at : at + numel], source, i, found.get(i))
-                at += numel
+        shares = zip(self._route.gathered, self._exchange.wait(), strict=True)
+        for source, ((numbers, sizes), share) in enumerate(shares):
+            parts = share.split(sizes) if numbers else ()  # type: ignore[no-untyped-call]
+            for i, part in zip(numbers, parts, strict=True):
+                found[i] = self._owners.put_together(part, source, i, found.get(i))
         return {i: found[i] for i in sorted(found)}
 
 
 class _Scatter:
     """Results of one wave on their way back."""
 
-    def __init__(self, owners: Owners, wave: Sequence[int], results: Wholes, pieces: Sequence[torch.Tensor]) -> None:
-        self._owners, self._pieces, ranks = owners, pieces, owners._ranks
-        assert ranks is not None
-        self._own: dict[int, list[int]] = {}
-        for i in sorted(wave):
-            self._own.setdefault(owners.owners[i], []).append(i)
-        mine = self._own.get(owners.rank, ())
-        shares = [owners._cut(results[i], to, i) for to in range(owners.ranks) for i in mine]
-        packed = torch.cat(shares) if shares else pieces[0].new_empty(0)
-        self._exchange = Exchange(ranks, packed, self._size)
-
-    def _size(self, source: int, to: int) -> int:
-        return sum(self._owners._held[to][i].numel for i in self._own.get(source, ()))
+    def __init__(self, owners: Owners, route: _Route, results: Wholes, pieces: Sequence[torch.Tensor]) -> None:
+        self._owners, self._route, self._pieces = owners, route, pieces
+        shares = [owners._cut(results[i], to, i) for to in range(owners.ranks) for i in route.made]
+        self._exchange = Exchange(route.back, torch.cat(shares) if shares else pieces[0].new_empty(0))
 
     def finish(self) -> None:
         """Write them into the pieces."""
-        held = self._owners._held[self._owners.rank]
-        for source, share in enumerate(self._exchange.wait()):
-            at = 0
-            for i in self._own.get(source, ()):
-                if numel := held[i].numel:
-                    self._owners.write(self._pieces, i, share[at : at + numel])
-                    at += numel
+        for (numbers, sizes), share in zip(self._route.results, self._exchange.wait(), strict=True):
+            parts = share.split(sizes) if numbers else ()  # type: ignore[no-untyped-call]
+            for i, part in zip(numbers, parts, strict=True):
+                self._owners.write(self._pieces, i, part)
 
 
 def _view(piece: torch.Tensor, box: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Exchange", "Ranks"]
+__all__ = ["Exchange", "Ranks", "Traffic"]
 
 _all_to_all = dist.all_to_all_single
 
@@ -74,24 +74,42 @@ class Ranks:
         ]
 
 
-class Exchange:
-    """What every rank sends to every other, on its way.
+class Traffic:
+    """How much every rank sends to every other, along each dimension: static, so worked out once.
 
     Args:
-        ranks: all of them must make it.
-        packed: what this one sends, to each in turn. It is kept until it was sent.
+        ranks: who they are.
         sizes: elements that one rank sends to another.
+
+    Attributes:
+        leaving: elements that this one sends along a dimension, to each of its group in turn.
+        coming: those that it receives then.
+        order: of whom, and for whom, they are.
+        lengths: elements of each of these.
     """
 
-    def __init__(self, ranks: Ranks, packed: torch.Tensor, sizes: Callable[[int, int], int]) -> None:
-        self._ranks, self._sizes = ranks, sizes
+    def __init__(self, ranks: Ranks, sizes: Callable[[int, int], int]) -> None:
+        self.ranks, dims = ranks, range(len(ranks.groups))
+        self.leaving = [[sum(sizes(*pair) for pair in pairs) for pairs in ranks.leaving(dim)] for dim in dims]
+        self.coming = [[sum(sizes(*pair) for pair in pairs) for pairs in ranks.coming(dim)] for dim in dims]
+        self.order = [list(itertools.chain.from_iterable(ranks.coming(dim))) for dim in dims]
+        self.lengths = [[sizes(*pair) for pair in pairs] for pairs in self.order]
+
+
+class Exchange:
+    """What every rank sends to every other, on its way. All must make it.
+
+    Args:
+        traffic: how much.
+        packed: what this one sends, to each in turn. It is kept until it was sent.
+    """
+
+    def __init__(self, traffic: Traffic, packed: torch.Tensor) -> None:
+        self._traffic, self._ranks = traffic, traffic.ranks
         self._send(0, packed)
 
     def _send(self, dim: int, packed: torch.Tensor) -> None:
-        leaving, coming = (
-            [sum(self._sizes(*pair) for pair in pairs) for pairs in each]
-            for each in (self._ranks.leaving(dim), self._ranks.coming(dim))
-        )
+        leaving, coming = self._traffic.leaving[dim], self._traffic.coming[dim]
         self._packed, self._received = packed, packed.new_empty(sum(coming))
         self._work = _all_to_all(self._received, packed, coming, leaving, group=self._ranks.groups[dim], async_op=True)
 
@@ -105,6 +123,5 @@ class Exchange:
 
     def _parts(self, dim: int) -> dict[Pair, torch.Tensor]:
         self._work.wait()
-        pairs = list(itertools.chain.from_iterable(self._ranks.coming(dim)))
-        parts = self._received.split([self._sizes(*pair) for pair in pairs])  # type: ignore[no-untyped-call]
-        return dict(zip(pairs, parts, strict=True))
+        parts = self._received.split(self._traffic.lengths[dim])  # type: ignore[no-untyped-call]
+        return dict(zip(self._traffic.order[dim], parts, strict=True))

@@ -100,8 +100,14 @@ def nonnegative_integer(value: Any) -> str | None:
 def one_of(words: Iterable[str | None]) -> Check:
     """One of some words, or None if it is among them."""
     words = tuple(words)
-    text = " or ".join(map(repr, words))
-    return lambda value: None if (value is None or isinstance(value, str)) and value in words else text
+    text, names = " or ".join(map(repr, words)), [word for word in words if word is not None]
+
+    def check(value: Any) -> str | None:
+        if (value is None or isinstance(value, str)) and value in words:
+            return None
+        return text + (nearest(value, names) if isinstance(value, str) else "")
+
+    return check
 
 
 def boolean(value: Any) -> str | None:

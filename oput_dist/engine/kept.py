@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,6 +28,8 @@ class Kept:
         owner: the name of the wrapper, for messages.
         names: of the state.
     """
+
+    forms: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, owner: str, names: tuple[str, ...]) -> None:
         self.owner, self.names = owner, names

@@ -128,7 +128,7 @@ def checked(
     for number, group in enumerate(saved):
         _check_origin(owner, group, number)
     slots = matched(optimizer, saved, plan.slots)
-    groups = [_merged(old, new) for old, new in zip(optimizer.param_groups, saved, strict=True)]
+    groups = [_merged(old, new, optimizer.forms) for old, new in zip(optimizer.param_groups, saved, strict=True)]
     for key in state_dict["state"]:
         if key not in slots:
             raise ValueError(
@@ -171,10 +171,11 @@ def _check_absence(owner: str, slot: Slot, key: Any, whole: bool) -> None:
         )
 
 
-def _merged(group: dict[str, Any], saved: Group) -> dict[str, Any]:
-    """The saved hyperparameters with this optimizer's parameters; what the saved group lacks keeps its value."""
+def _merged(group: dict[str, Any], saved: Group, forms: Sequence[str]) -> dict[str, Any]:
+    """The saved hyperparameters with this optimizer's parameters, and with its own forms of state; what the saved group
+    lacks keeps its value."""
     # Names are this optimizer's: wrappers rename parameters, and torch takes no account of them either.
-    values = {key: deepcopy(value) for key, value in saved.items() if key not in _IDENTITY}
+    values = {key: deepcopy(value) for key, value in saved.items() if key not in (*_IDENTITY, *forms)}
     for key, value in values.items():
         if isinstance(value, list) and isinstance(
             group.get(key), tuple

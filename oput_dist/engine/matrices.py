@@ -137,7 +137,7 @@ class _Family:
             return last.held
         views = {slot: self.owned[slot.index].views(state[slot.parameter]) for slot in slots}
         parts = {name: [views[block.slot][block.of_slot][name] for block in blocks] for name in kept}
-        held = Held({name: one.shape for name, one in kept.items()}, parts)
+        held = Held(kept, parts)
         if last is not None:
             self._stacks.clear()  # or what others are views of would stay, too
         if held.in_place:

@@ -65,9 +65,11 @@ class Optimizer(torch.optim.Optimizer):
         why_no_release: why gradients cannot be released in the backward pass; None if that depends on the recipe.
         why_no_accumulation: why gradients cannot be accumulated in the state, likewise.
         checks: what hyperparameters must satisfy that no type of the signature of ``__init__`` says.
+        forms: hyperparameters that say in what form state is kept: what loads does not change them.
     """
 
     checks: ClassVar[Mapping[str, Check]] = {}
+    forms: ClassVar[tuple[str, ...]] = ()
     carried: ClassVar[tuple[str, ...]] = ()
     why_not_cautious: ClassVar[str | None] = None
     why_no_release: ClassVar[str | None] = None

@@ -13,6 +13,7 @@ from oput_dist.backends import compute_dtype
 from oput_dist.collectives import Ranks
 from oput_dist.matrix.work import Kept, Work
 
+from .packed import Packed, as_kept, memory_of, numbers_of, with_memory
 from .slot import Slot
 
 __all__ = ["Owned", "Range", "allocate", "kept_by", "kept_bytes"]
@@ -20,11 +21,12 @@ __all__ = ["Owned", "Range", "allocate", "kept_by", "kept_bytes"]
 
 @dataclass(frozen=True)
 class Range:
-    """Where the state of one block is: in that of all blocks of its parameter, one after the other."""
+    """Where the numbers of one block are: in those of all blocks of its parameter, one after the other."""
 
     block: int
     start: int
     length: int
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,22 @@ def kept_by(work: Work | None, slot: Slot) -> dict[str, _State]:
 def _state(each: Sequence[tuple[int, Kept]]) -> _State:
     ranges, at = [], 0
     for block, kept in each:
-        ranges.append(Range(block, at, prod(kept.shape)))
+        ranges.append(Range(block, at, prod(kept.shape), kept))
         at += prod(kept.shape)
     return _State(each[0][1].dtype, tuple(ranges), at, each[0][1].optional)
 
 
 def kept_bytes(work: Work, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes that the owner of one block keeps, for parameters of a dtype."""
-    return sum(prod(kept.shape) * kept.dtype.itemsize for kept in work.kept(shape, compute_dtype(dtype)).values())
+    return sum(kept.nbytes for kept in work.kept(shape, compute_dtype(dtype)).values())
 
 
 class Owned:
     """The state of one parameter's blocks, of which this rank owns some.
 
-    Under a name it is, on their owners, one tensor with that of their own blocks, one after the other; nothing on
-    other ranks. What a checkpoint holds is one tensor for all blocks, the same for any number of ranks.
+    Under a name it is, on their owners, one tensor with that of their own blocks, one after the other, or its bytes;
+    nothing on other ranks. What a checkpoint holds is one tensor of numbers for all blocks, the same for any number of
+    ranks.
 
     Args:
         slot: of the parameter.
@@ -79,6 +82,12 @@ class Owned:
         self._slot, self._ranks = slot, ranks
         self._all = kept_by(work, slot)
         self._own = {name: [r for r in state.ranges if r.block in mine] for name, state in self._all.items()}
+        self._kept = {name: tuple(one.kept for one in own) for name, own in self._own.items()}
+        self._plain = {
+            name: (sum(one.form[0] for one in kept), kept[0].dtype, slot.device)
+            for name, kept in self._kept.items()
+            if kept and kept[0].packing is None
+        }
 
     @property
     def names(self) -> Sequence[str]:
@@ -86,26 +95,37 @@ class Owned:
         return list(self._all)
 
     def memory(self, state: MutableMapping[str, object], name: str) -> torch.Tensor | None:
-        """What this rank keeps under a name; zeros are made if it is missing. None if it owns no block.
+        """What this rank keeps under a name, in the form that it is to have: what was loaded, or another option once
+        made, is brought into it; zeros are made if it is missing. None if it owns no block.
 
         Raises:
             ValueError: if it is of another size.
         """
-        key, size = self._slot.key(name), sum(r.length for r in self._own[name])
-        if not size:
+        own = self._own[name]
+        if not own:
             return None
+        key = self._slot.key(name)
         value = state.get(key)
-        if value is None:
-            value = state[key] = torch.zeros(size, dtype=self._all[name].dtype, device=self._slot.device)
-        assert isinstance(value, torch.Tensor)
-        if value.numel() != size:
+        if isinstance(value, torch.Tensor) and (value.numel(), value.dtype, value.device) == self._plain.get(name):
+            return value  # as at nearly every step, of every matrix
+        size = sum(one.length for one in own)
+        assert value is None or isinstance(value, (torch.Tensor, Packed))
+        if (count := size if value is None else _count(value)) != size:
             raise ValueError(
-                f"state {key!r} of {self._slot.name} has {value.numel()} elements, but the blocks that this rank owns "
+                f"state {key!r} of {self._slot.name} has {count} elements, but the blocks that this rank owns "
                 f"have {size}: if options, parameters or ranks changed, load a state dict (oput.full_state_dict)"
             )
-        if value.device != self._slot.device:  # the parameter was moved after it was made
-            value = state[key] = value.to(self._slot.device)
-        return value
+        made = as_kept(value, self._kept[name], self._slot.device)
+        if made is not value:
+            state[key] = made
+        return memory_of(made)
+
+    def move(self, state: MutableMapping[str, object], name: str, memory: torch.Tensor) -> None:
+        """Keep what :meth:`memory` returned, copied, elsewhere."""
+        key = self._slot.key(name)
+        value = state[key]
+        assert isinstance(value, (torch.Tensor, Packed))
+        state[key] = with_memory(value, memory)
 
     @property
     def owns(self) -> bool:
@@ -119,36 +139,40 @@ class Owned:
             memory, at = self.memory(state, name), 0
             for one in ranges if memory is not None else ():
                 assert memory is not None
-                found.setdefault(one.block, {})[name] = memory[at : at + one.length]
-                at += one.length
+                size, _ = one.kept.form
+                found.setdefault(one.block, {})[name] = memory[at : at + size]
+                at += size
         return found
 
     def whole(self, state: Mapping[str, object], name: str) -> torch.Tensor:
-        """The state of all blocks. Every rank that shares them must call it.
+        """The numbers of all blocks. Every rank that shares them must call it.
 
         Bits are added up, not numbers: every element has one owner, and 0 + x would turn -0.0 into 0.0.
         """
         kept, value = self._all[name], state.get(self._slot.key(name))
         result = torch.zeros(kept.length, dtype=kept.dtype, device=self._slot.device)
-        at = 0
-        for one in self._own[name] if isinstance(value, torch.Tensor) else ():
-            assert isinstance(value, torch.Tensor)
-            result[one.start : one.start + one.length] = value[at : at + one.length]
-            at += one.length
+        if isinstance(value, (torch.Tensor, Packed)) and self._own[name]:
+            numbers = numbers_of(value).split([one.length for one in self._own[name]])  # type: ignore[no-untyped-call]
+            for one, part in zip(self._own[name], numbers, strict=True):
+                result[one.start : one.start + one.length] = part
         if self._ranks is not None:
             self._ranks.add_up(result.view(torch.uint8))
         return result
 
     def spread(self, state: Mapping[str, object], name: str) -> torch.Tensor | None:
-        """The state of all blocks as checkpoints hold it: each rank has a part; of replicas each has all of it, on the
-        CPU, as no rank need have room for it on its device. None where no mesh can say that.
+        """The numbers of all blocks as checkpoints hold them: each rank has a part; of replicas each has all of it, on
+        the CPU, as no rank need have room for it on its device. Where no mesh can say that, those of this rank's own
+        blocks, or None if they are kept as they are.
 
         Every rank that shares them must call it.
         """
         kept = self._all[name]
         made = self._slot.layout.spread(kept.length, kept.dtype)
         if made is None:
-            return None if self._ranks is None or self._slot.layout.groups else self.whole(state, name).cpu()
+            if self._ranks is None or self._slot.layout.groups:
+                value = state.get(self._slot.key(name))
+                return numbers_of(value) if isinstance(value, Packed) else None
+            return self.whole(state, name).cpu()
         tensor, local, start = made
         local.copy_(self.whole(state, name)[start : start + local.numel()])
         return tensor
@@ -176,6 +200,11 @@ class Owned:
         return whole.clone()
 
 
+def _count(value: torch.Tensor | Packed) -> int:
+    """Numbers in a state."""
+    return value.numel() if isinstance(value, torch.Tensor) else sum(prod(one.shape) for one in value.blocks)
+
+
 def allocate(every: Sequence[tuple[Owned, MutableMapping[str, object]]]) -> None:
     """Bring the state of parameters whose blocks are worked on together, with their state dicts, one after the other
     in memory, so that a step need not stack it; zeros where there is none."""
@@ -186,4 +215,4 @@ def allocate(every: Sequence[tuple[Owned, MutableMapping[str, object]]]) -> None
             joined = torch.cat([memory for _, _, memory in found])
             parts = joined.split([memory.numel() for _, _, memory in found])  # type: ignore[no-untyped-call]
             for (owned, state, _), part in zip(found, parts, strict=True):
-                state[owned._slot.key(name)] = part
+                owned.move(state, name, part)

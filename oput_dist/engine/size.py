@@ -11,6 +11,7 @@ from oput_dist.layout import whole_or_local
 
 from .coded import Coded
 from .hosted import Hosted
+from .packed import Packed
 
 __all__ = ["bytes_of", "host_bytes_of", "state_bytes"]
 
@@ -26,7 +27,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def bytes_of(state: Mapping[str, Any]) -> int:
     """Bytes of the state of one parameter that this rank holds."""
     tensors = (whole_or_local(value) for value in state.values() if isinstance(value, torch.Tensor))
-    other = sum(value.nbytes for value in state.values() if isinstance(value, (Coded, Hosted)))
+    other = sum(value.nbytes for value in state.values() if isinstance(value, (Coded, Hosted, Packed)))
     return other + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

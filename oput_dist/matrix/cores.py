@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Barrier, local
 from typing import TypeVar
 
@@ -40,11 +42,9 @@ def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[
         alone += 1
     found = {i: _run(jobs[i]) for i in order[:alone]}
     if rest := order[alone:]:
-        try:
-            with _pool(min(given, len(rest)), given) as pool:
-                found.update(zip(rest, pool.map(_run, [jobs[i] for i in rest]), strict=True))
-        finally:
-            torch.set_num_threads(given)
+        under_way = [_workers(given).submit(_run, jobs[i]) for i in rest]
+        wait(under_way)  # all, also where one fails: they write to what is kept
+        found.update((i, one.result()) for i, one in zip(rest, under_way, strict=True))
     return [found[i] for i in range(len(jobs))]
 
 
@@ -55,24 +55,31 @@ def threads() -> int:
 
 
 def started(size: int) -> ThreadPoolExecutor:
-    """Threads that stay, each on one core."""
+    """Threads that stay, each on one core.
+
+    A new thread would use all cores in its products: the number is each thread's own. It is also that of threads to
+    come, as autograd's, and so must be set again by who has them started.
+    """
     given, all_of_them = torch.get_num_threads(), Barrier(size)
-    pool = _pool(size, given)
+    pool = ThreadPoolExecutor(size, "oput-matrices", initializer=_begin, initargs=(given,))
     list(pool.map(lambda _: all_of_them.wait(), range(size)))
     torch.set_num_threads(given)
     return pool
 
 
-def _pool(size: int, given: int) -> ThreadPoolExecutor:
-    """A new thread would use all cores in its products: the number is each thread's own.
+@functools.lru_cache(1)
+def _workers(given: int) -> ThreadPoolExecutor:
+    """As many as torch has threads: anew, when that was changed. What is found beside the training has others, or a
+    step would wait for it."""
+    return started(given)
 
-    It is also that of threads to come, as autograd's, and so must be set again by who has them started.
-    """
-    return ThreadPoolExecutor(size, "oput-matrices", initializer=_begin, initargs=(given,))
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
 
 
 def _begin(given: int) -> None:
     _own.given = given
+    torch.get_num_threads()  # or the thread's first operation would set its number to that of all, as it then is
     torch.set_num_threads(1)
 
 

@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from .packing import Packing
 from .work import Held, Kept, Turn, Work
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
     "Mask",
     "add_to",
     "along",
-    "at",
     "average",
     "broadcast",
     "cut",
@@ -28,7 +28,7 @@ __all__ = [
     "masked",
     "products",
     "readable",
-    "replace",
+    "side",
     "where",
     "with_fresh",
 ]
@@ -176,12 +176,27 @@ def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, c
     old.baddbmm_(m, m.mT, beta=decay, alpha=1.0 - decay if decay != 1 else 1.0)
 
 
-def keep_statistics(kept: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, counting: Mask) -> None:
-    """:func:`add_to` what is kept, perhaps in a shorter dtype."""
-    factor = kept.to(gradient.dtype)  # the same tensor, if it is kept in this dtype
+def side(size: int, dtype: torch.dtype, stored: torch.dtype | None, packing: Packing) -> Kept:
+    """A square matrix of an axis as state.
+
+    Args:
+        size: of the axis.
+        dtype: of the computation.
+        stored: what it is kept in: a floating dtype; int8 for the codes of ``packing``; None for ``dtype``.
+        packing: see there.
+    """
+    if stored == torch.int8:
+        return Kept((size, size), dtype, packing=packing)
+    return Kept((size, size), stored or dtype)
+
+
+def keep_statistics(held: Held, gradient: torch.Tensor, axis: int, decay: float, counting: Mask) -> None:
+    """:func:`add_to` what is kept of an axis, perhaps in a shorter form."""
+    name = f"factor_{axis}"
+    factor = held.numbers(name, gradient.dtype, whole=False)
     add_to(factor, gradient, axis, decay, counting)
-    if factor is not kept:
-        kept.copy_(factor)
+    if factor is not held[name]:
+        held.replace(name, factor, range(len(factor)))
 
 
 def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -226,22 +241,6 @@ def with_fresh(places: Sequence[Sequence[int]], counts: Counts) -> tuple[list[li
     found = counts.refreshes.tolist()
     fresh = [place for place in every if found[place] == 0]
     return [[place for place in axis if found[place]] for axis in places], fresh, every
-
-
-def at(stacked: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """Some of a stack, in rising order: a view where they follow each other."""
-    first, last = places[0], places[-1]
-    return stacked[first : last + 1] if last - first + 1 == len(places) else stacked[list(places)]
-
-
-def replace(kept: torch.Tensor, places: Sequence[int], new: torch.Tensor, good: torch.Tensor) -> None:
-    """Keep what is good of something new for the matrices at some places."""
-    which, old = masked(good), at(kept, places)
-    made = new.to(kept.dtype) if which is None else where(which, new.to(kept.dtype), old)
-    if old.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr():
-        old.copy_(made)
-    else:
-        kept[list(places)] = made
 
 
 def cut(shape: Sequence[int], size: int | None) -> list[tuple[slice, ...]]:

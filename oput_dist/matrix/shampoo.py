@@ -16,7 +16,6 @@ from .kronecker import (
     Kronecker,
     Mask,
     along,
-    at,
     average,
     broadcast,
     cut,
@@ -25,10 +24,11 @@ from .kronecker import (
     masked,
     products,
     readable,
-    replace,
+    side,
     where,
     with_fresh,
 )
+from .packing import Symmetric
 from .roots import Checked, inverse_roots
 from .work import Held, Kept, Turn
 
@@ -86,8 +86,9 @@ class Precondition(Kronecker):
         return 2 * products(shape) * len(turn.phases) + _ROOT_COST * roots
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
-        shape, stored = tuple(shape), self.factor_dtype or dtype
-        found = {f"{name}_{i}": Kept((d, d), stored) for name in ("factor", "root") for i, d in enumerate(shape)}
+        shape = tuple(shape)
+        sides = [side(d, dtype, self.factor_dtype, Symmetric()) for d in shape]
+        found = {f"{name}_{i}": one for name in ("factor", "root") for i, one in enumerate(sides)}
         if self.delay:
             found |= {f"{WAITING}_{i}": Kept((d, d), dtype, optional=True) for i, d in enumerate(shape)}
         if self.betas[0]:
@@ -100,7 +101,7 @@ class Precondition(Kronecker):
         counts = Counts(held[COUNTS])
         counts.steps += 1 if counting is None else counting
         for axis in range(gradient.dim() - 1):
-            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.betas[1], counting)
+            keep_statistics(held, gradient, axis, self.betas[1], counting)
         self.refresh(held, counts, turn, gradient)
         self._step(gradient, held, self._scales(counts), counting, masked(counts.refreshes > 0))
         return gradient
@@ -141,7 +142,7 @@ class Precondition(Kronecker):
         update = filtered
         for axis in range(filtered.dim() - 1):
             place = gradient if axis % 2 else scratch  # not where the last product is
-            update = along(update, held[f"root_{axis}"].to(filtered.dtype), axis, place)
+            update = along(update, held.numbers(f"root_{axis}", filtered.dtype), axis, place)
         return update
 
     def _filtered(self, gradient: torch.Tensor, held: Held, counting: Mask, scratch: torch.Tensor) -> torch.Tensor:
@@ -198,7 +199,7 @@ class Precondition(Kronecker):
     ) -> list[torch.Tensor]:
         """Of each axis those at some places, unbiased."""
         correction = _correction(self.betas[1], counts.steps.double())
-        factors = [(places, at(held[f"factor_{axis}"], places).to(like.dtype)) for axis, places in axes.items()]
+        factors = [(places, held.numbers(f"factor_{axis}", like.dtype, places)) for axis, places in axes.items()]
         return [factor / broadcast(correction[places], factor) for places, factor in factors]
 
     def _roots(self, order: int, factors: Sequence[torch.Tensor]) -> Checked:
@@ -211,7 +212,7 @@ class Precondition(Kronecker):
         for places, (_, fine) in zip(axes.values(), found, strict=True):
             good[places] &= fine
         for (axis, places), (roots, _) in zip(axes.items(), found, strict=True):
-            replace(held[f"root_{axis}"], places, roots, good[places])
+            held.replace(f"root_{axis}", roots, places, masked(good[places]))
         every = sorted({place for places in axes.values() for place in places})
         counts.refreshed(every, good[every], tried[every])
 

@@ -15,7 +15,6 @@ from .kronecker import (
     Kronecker,
     Mask,
     along,
-    at,
     average,
     broadcast,
     cut,
@@ -23,12 +22,13 @@ from .kronecker import (
     keep_statistics,
     masked,
     products,
-    replace,
+    side,
     where,
     with_fresh,
 )
+from .packing import Columns, Symmetric
 from .roots import eigenvectors, orthonormal
-from .work import Held, Kept, Turn
+from .work import Held, Kept, Turn, at
 
 __all__ = ["AdamInEigenbasis"]
 
@@ -81,9 +81,9 @@ class AdamInEigenbasis(Kronecker):
         return due(Turn(turn.step - 1, turn.phases), self.frequency, self.staggered, 0, recurring)
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
-        shape, stored = tuple(shape), self.factor_dtype or dtype
-        axes = self._axes(shape)
-        factors = {f"{name}_{i}": Kept((shape[i],) * 2, stored) for name in ("factor", "basis") for i in axes}
+        shape, axes = tuple(shape), self._axes(shape)
+        factors = {f"factor_{i}": side(shape[i], dtype, self.factor_dtype, Symmetric()) for i in axes}
+        factors |= {f"basis_{i}": side(shape[i], dtype, self.factor_dtype, Columns()) for i in axes}
         if self.delay:
             factors |= {f"{WAITING}_{i}": Kept((shape[i],) * 2, dtype, optional=True) for i in axes}
         return {
@@ -103,7 +103,7 @@ class AdamInEigenbasis(Kronecker):
         moving = masked(based if counting is None else based & counting)
         counts.steps += 1 if moving is None else moving
         for axis in self._axes(gradient.shape[1:]):
-            keep_statistics(held[f"factor_{axis}"], gradient, axis, self.factor_beta, counting)
+            keep_statistics(held, gradient, axis, self.factor_beta, counting)
         update = self._adam(gradient, held, counts, moving)
         gradient.copy_(update if moving is None else where(moving, update, torch.zeros_like(update)))
         self.refresh(held, counts, turn, gradient)
@@ -126,7 +126,7 @@ class AdamInEigenbasis(Kronecker):
     def _turned(self, stacked: torch.Tensor, held: Held, back: bool) -> torch.Tensor:
         """Into the basis, or back from it."""
         for axis in self._axes(stacked.shape[1:]):
-            basis = held[f"basis_{axis}"].to(stacked.dtype)
+            basis = held.numbers(f"basis_{axis}", stacked.dtype)
             stacked = along(stacked, basis if back else basis.mT, axis)
         return stacked
 
@@ -145,20 +145,23 @@ class AdamInEigenbasis(Kronecker):
         if not axes:
             return
         find = self._finding(held, axes, like)
-        factors = [at(held[f"factor_{axis}"], some).to(like.dtype, copy=self.delay > 0) for axis, some in axes.items()]
+        factors = [held.numbers(f"factor_{axis}", like.dtype, some) for axis, some in axes.items()]
         if self.delay:
+            factors = [factor.clone() for factor in factors]  # what is kept goes on
             put_off(held, turn.step, axes, factors, functools.partial(find, factors))
         else:
             self._turn(held, counts, axes, find(factors), like)
 
     def _finding(self, held: Held, axes: Axes, like: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], _Found]:
         """What finds the next bases from statistics: the last ones do not change before those are taken over."""
-        return functools.partial(_next, [at(held[f"basis_{axis}"], some) for axis, some in axes.items()])
+        return functools.partial(
+            _next, [held.numbers(f"basis_{axis}", like.dtype, some) for axis, some in axes.items()]
+        )
 
     def _first(self, held: Held, counts: Counts, places: list[int], like: torch.Tensor) -> None:
         """Find the first bases along all axes. The averages of these matrices are zeros."""
         axes = self._axes(like.shape[1:])
-        factors = [at(held[f"factor_{axis}"], places).to(like.dtype) for axis in axes]
+        factors = [held.numbers(f"factor_{axis}", like.dtype, places) for axis in axes]
         seen = torch.ones(len(places), dtype=torch.bool, device=like.device)
         for factor in factors:
             seen &= factor.diagonal(dim1=1, dim2=2).any(1)
@@ -167,7 +170,7 @@ class AdamInEigenbasis(Kronecker):
         for _, fine in found:
             good &= fine
         for axis, (basis, _) in zip(axes, found, strict=True):
-            replace(held[f"basis_{axis}"], places, basis, good)
+            held.replace(f"basis_{axis}", basis, places, masked(good))
         counts.refreshed(places, good, seen)
 
     def _turn(self, held: Held, counts: Counts, axes: Axes, found: _Found, like: torch.Tensor) -> None:
@@ -176,11 +179,11 @@ class AdamInEigenbasis(Kronecker):
         for places, (_, (_, fine)) in zip(axes.values(), found, strict=True):
             good[places] &= fine
         for (axis, places), (order, (basis, _)) in zip(axes.items(), found, strict=True):
-            last, which = at(held[f"basis_{axis}"], places).to(like.dtype), good[places]
+            last, which = held.numbers(f"basis_{axis}", like.dtype, places), masked(good[places])
             turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
-            replace(held["exp_avg"], places, turned, which)
-            replace(held["exp_avg_sq"], places, _ordered(at(held["exp_avg_sq"], places), order, axis), which)
-            replace(held[f"basis_{axis}"], places, basis, which)
+            held.replace("exp_avg", turned, places, which)
+            held.replace("exp_avg_sq", _ordered(at(held["exp_avg_sq"], places), order, axis), places, which)
+            held.replace(f"basis_{axis}", basis, places, which)
         every = sorted({place for places in axes.values() for place in places})
         counts.refreshed(every, good[every], torch.ones_like(good[every]))
 
@@ -189,7 +192,7 @@ def _next(bases: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> _Fo
     """One step of orthogonal iteration from each basis, in the order of its eigenvalues."""
     orders, given = [], []
     for basis, factor in zip(bases, factors, strict=True):
-        last = _columns(basis.to(factor.dtype))
+        last = _columns(basis)
         product = torch.bmm(last, factor)  # which is symmetric: also columns
         orders.append((last * product).sum(2).argsort(dim=-1, descending=True, stable=True))
         given.append(_ordered(product, orders[-1], 0).mT)

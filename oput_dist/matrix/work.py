@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
-__all__ = ["Held", "Kept", "Turn", "Work"]
+from .packing import Packing
+
+__all__ = ["Held", "Kept", "Turn", "Work", "at"]
 
 Shape = Sequence[int]
 
@@ -19,8 +22,32 @@ class Kept:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """Of the numbers, as checkpoints hold them."""
     optional: bool = False
     """Whether a checkpoint may lack it: then it is zeros."""
+    packing: Packing | None = None
+    """How it is kept where it is not as the numbers themselves: then as bytes."""
+
+    @property
+    def form(self) -> tuple[int, torch.dtype]:
+        """How many elements are kept, and of which dtype."""
+        if self.packing is None:
+            return prod(self.shape), self.dtype
+        return self.packing.size(self.shape), torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        size, dtype = self.form
+        return size * dtype.itemsize
+
+    def numbers(self, kept: torch.Tensor, dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
+        """``[n, *shape]`` of some matrices, as :class:`Held` has them: the same tensor, if it is in this dtype."""
+        return kept.to(dtype) if self.packing is None else self.packing.unpack(kept, self.shape, dtype, whole)
+
+    def kept(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`numbers`."""
+        return numbers.to(self.dtype) if self.packing is None else self.packing.pack(numbers)
 
 
 @dataclass(frozen=True)
@@ -37,19 +64,21 @@ class Turn:
 class Held:
     """The state of stacked matrices: ``held[name]`` is ``[n, *shape]``, and what is written there is kept.
 
+    Of what is packed it is the bytes, ``[n, size]``: see :meth:`numbers` and :meth:`replace`.
+
     Where the parts lie one after the other in memory it is a view of them; else a copy, which :meth:`finish` writes
     back.
 
     Args:
-        shapes: of the state of one matrix, by name.
+        kept: the state of one matrix, by name.
         memory: for each name one flat tensor for each matrix, where it is kept.
 
     Attributes:
         begun: by step, what threads are at work on; what is lost with this is found again.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        self._shapes, self._memory = shapes, memory
+    def __init__(self, kept: Mapping[str, Kept], memory: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        self._kept, self._memory = kept, memory
         self._stacked: dict[str, torch.Tensor] = {}
         self.begun: dict[int, object] = {}
         self._copied = {name for name, parts in memory.items() if not _adjacent(parts)}
@@ -57,22 +86,42 @@ class Held:
     @property
     def names(self) -> list[str]:
         """Of the states."""
-        return list(self._shapes)
+        return list(self._kept)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._stacked:
-            parts, shape = self._memory[name], self._shapes[name]
+            parts, kept = self._memory[name], self._kept[name]
             if name not in self._copied:
                 first, size = parts[0], parts[0].numel()
                 stacked = first.as_strided((len(parts), size), (size, 1), first.storage_offset())
             else:
                 stacked = torch.stack(list(parts))
-            self._stacked[name] = stacked.view(len(parts), *shape)
+            self._stacked[name] = stacked if kept.packing is not None else stacked.view(len(parts), *kept.shape)
         return self._stacked[name]
+
+    def numbers(
+        self, name: str, dtype: torch.dtype, places: Sequence[int] | None = None, whole: bool = True
+    ) -> torch.Tensor:
+        """``[n, *shape]`` in a dtype, of all or some places in rising order: what is kept itself, if it is that.
+
+        If it need not be the ``whole`` of them, what lies above the diagonal of symmetric ones may be missing.
+        """
+        return self._kept[name].numbers(self[name] if places is None else at(self[name], places), dtype, whole)
+
+    def replace(self, name: str, new: torch.Tensor, places: Sequence[int], which: torch.Tensor | None = None) -> None:
+        """Keep something new at some places in rising order; where there is a mask ``[n]``, only at those in it."""
+        kept, made = self[name], self._kept[name].kept(new)
+        old = at(kept, places)
+        if which is not None:
+            made = torch.where(which.view(-1, *[1] * (made.dim() - 1)), made, old)
+        if old.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr():
+            old.copy_(made)
+        else:
+            kept[list(places)] = made
 
     def only(self, places: Sequence[int]) -> Held:
         """Of some of the matrices."""
-        return Held(self._shapes, {name: [parts[i] for i in places] for name, parts in self._memory.items()})
+        return Held(self._kept, {name: [parts[i] for i in places] for name, parts in self._memory.items()})
 
     @property
     def in_place(self) -> bool:
@@ -83,6 +132,12 @@ class Held:
         """Write back what is not a view."""
         for name in self._copied & self._stacked.keys():
             torch._foreach_copy_(list(self._memory[name]), list(self._stacked[name].flatten(1).unbind()))
+
+
+def at(stacked: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Some of a stack, in rising order: a view where they follow each other."""
+    first, last = places[0], places[-1]
+    return stacked[first : last + 1] if last - first + 1 == len(places) else stacked[list(places)]
 
 
 def _adjacent(parts: Sequence[torch.Tensor]) -> bool:

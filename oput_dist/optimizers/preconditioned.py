@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -47,6 +47,8 @@ class MatrixReport:
 
 class Preconditioned(Matrixwise):
     """Optimizers whose work on a matrix is a :class:`Work` with state of its own."""
+
+    forms: ClassVar[tuple[str, ...]] = ("factor_dtype",)
 
     def __init__(self, params: Params, matrix_params: Test | None, defaults: dict[str, Any], common: Common) -> None:
         super().__init__(params, matrix_params, {**defaults, MATRIX_STEPS: 0}, common)

@@ -91,7 +91,9 @@ class Shampoo(Preconditioned):
         graft: ``"sgd"``, ``"adagrad"``, ``"rmsprop"``, ``"adam"``, or None for no grafting. Default adam.
         graft_beta: of the squares of rmsprop and adam, in [0, 1). Default 0.999.
         graft_eps: >= 0. Default 1e-8.
-        factor_dtype: ``"bfloat16"`` to keep factors and roots in it; None for the parameters' own. Default None.
+        factor_dtype: ``"int8"`` to keep factors and roots in a byte for each element, as codes that hold correlations
+            to 1e-5 (see docs/memory.md); ``"bfloat16"`` to keep them in it; None for the parameters' own. What loads
+            does not change it. Default None.
         adam_factor: learning rate of AdamW for the other parameters, as a factor of ``lr``, >= 0. Default 1.
         adam_betas: of AdamW, each in [0, 1). Default (0.9, 0.999).
         adam_eps: of AdamW, >= 0. Default 1e-8.
@@ -128,7 +130,7 @@ class Shampoo(Preconditioned):
         graft: Literal["sgd", "adagrad", "rmsprop", "adam"] | None = "adam",
         graft_beta: Fraction = 0.999,
         graft_eps: Nonnegative = 1e-8,
-        factor_dtype: Literal["bfloat16"] | None = None,
+        factor_dtype: Literal["bfloat16", "int8"] | None = None,
         adam_factor: Nonnegative = 1.0,
         adam_betas: Betas = (0.9, 0.999),
         adam_eps: Nonnegative = 1e-8,

@@ -55,7 +55,9 @@ class SOAP(Preconditioned):
         block_size: the longest side of a block, an integer >= 1; None: no blocks. Default None.
         stagger: refresh every axis of every block at a step of its own out of ``precondition_frequency``, so that all
             steps take about the same time; else all at multiples of the frequency. Default True.
-        factor_dtype: ``"bfloat16"`` to keep factors and bases in it; None for the parameters' own. Default None.
+        factor_dtype: ``"int8"`` to keep factors and bases in a byte for each element, as codes (see docs/memory.md);
+            ``"bfloat16"`` to keep them in it; None for the parameters' own. What loads does not change it. Default
+            None.
         adam_factor: learning rate of AdamW for the other parameters, as a factor of ``lr``, >= 0. Default 1.
         matrix_params: ``(name, layer, axes) -> bool``: what is a matrix; None: as said above. Default None.
         **common: see :class:`oput_dist.engine.Common`.
@@ -84,7 +86,7 @@ class SOAP(Preconditioned):
         max_preconditioner_dim: PositiveInteger = 10000,
         block_size: PositiveInteger | None = None,
         stagger: bool = True,
-        factor_dtype: Literal["bfloat16"] | None = None,
+        factor_dtype: Literal["bfloat16", "int8"] | None = None,
         adam_factor: Nonnegative = 1.0,
         matrix_params: Test | None = None,
         **common: Unpack[Common],
