@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import faulthandler
 import math
+import multiprocessing
 import sys
 import time
 import traceback
@@ -213,6 +214,7 @@ def timings(device: torch.device, deadline: float, quick: bool) -> tuple[list[di
 
 def without_gpu() -> int:
     print("no NVIDIA GPU here: compiling every rule for other machines' GPUs instead")
+    multiprocessing.set_forkserver_preload(["benchmarks.machine_code"])  # importing takes longer than compiling
     rows = machine_code.report(machine_code.jobs())
     cells = [
         (

@@ -58,7 +58,7 @@ def jobs() -> list[Job]:
 def report(work: Sequence[Job], processes: int = 2) -> list[Row]:
     """Compile in processes of their own, since Triton must not be interpreting there."""
     # By index, because rules cannot be pickled.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
         return list(pool.map(_compile, work, chunksize=4))
 
 
@@ -148,7 +148,7 @@ def products(processes: int = 2) -> list[Product]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
         for transposed in (False, True)
     ]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
         return list(pool.map(_compile_product, work))
 
 

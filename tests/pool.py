@@ -25,7 +25,7 @@ GRACE = (
     2.0  # seconds the other ranks get after one has failed: long enough to report, too short to wait for a dead peer
 )
 DUMPING = 1.0  # seconds that a rank gets to write where its threads are
-PRELOAD = ["torch.distributed.tensor.debug", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
+multiprocessing.set_forkserver_preload(["tests.preloaded"])  # a process has one server for all that it forks
 
 
 class RankError(AssertionError):
@@ -41,7 +41,6 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Any]] = []  # (process, our end of the pipe)
         self._folder = tempfile.TemporaryDirectory(prefix="pool-")
         self._world: tuple[int, str] = (0, "")  # the process group that the workers hold: its size and rendezvous file
@@ -129,8 +128,6 @@ class Pool:
 def _serve(rank: int, pipe: Any, stacks: Path) -> None:
     """A worker's loop: join the world that the task names, run it, reply (True, result) or (False, traceback)."""
     faulthandler.register(signal.SIGUSR1, stacks.open("w"))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)

@@ -47,7 +47,7 @@ def test_wide_accesses_and_no_spills(rows: list[Row]) -> None:
 
 def test_codes() -> None:
     """What codes state and decodes it: no spills, and 128-bit accesses where a code has a byte."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("forkserver")) as pool:
         made = list(
             pool.map(compiled_code, [(target, i, e) for target in TARGETS for i in CODES for e in (True, False)])
         )

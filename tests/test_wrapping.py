@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -46,9 +44,7 @@ def ends(backend: str) -> list[Tensor]:
     return values
 
 
-def test_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # before the kernels are imported
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(ends, "triton").result()
+def test_triton_kernels(interpreter: Executor) -> None:
+    found = interpreter.submit(ends, "triton").result()
     wanted = ends("eager")
     assert largest_difference(found, wanted) <= 2e-6
