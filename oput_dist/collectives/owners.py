@@ -122,8 +122,10 @@ class Owners:
         told = None if self._ranks is None else Gathering(self._ranks.groups[0])
         for wave in waves:
             own = sorted(i for i in wave if self.owners[i] == self.rank)
-            for i, result in work({i: self._local(pieces, i) for i in own}).items():
-                self.write(pieces, i, self._cut(result, self.rank, i))
+            given = {i: self._local(pieces, i) for i in own}
+            for i, result in work(dict(given)).items():
+                if result is not given[i] or not self._is_view(i):  # else it was written in place
+                    self.write(pieces, i, self._cut(result, self.rank, i))
             if told is not None:
                 told.add(self._rows(wave, pieces))
         if told is not None:
@@ -140,9 +142,14 @@ class Owners:
     def _local(self, pieces: Sequence[torch.Tensor], i: int) -> torch.Tensor:
         """A matrix that is all here: a view where it can be one, of any strides."""
         matrix = self._matrices[i]
-        if len(matrix.boxes) == 1 and tuple(matrix.boxes[0].shape) == matrix.shape:
+        if self._is_view(i):
             return _view(pieces[matrix.piece], matrix.boxes[0])
         return self.put_together(self.packed(pieces, [i]), 0, i)
+
+    def _is_view(self, i: int) -> bool:
+        """Whether :meth:`_local` gives a view."""
+        matrix = self._matrices[i]
+        return len(matrix.boxes) == 1 and tuple(matrix.boxes[0].shape) == matrix.shape
 
     def packed(self, pieces: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
         """What this rank holds of some matrices, one after the other."""

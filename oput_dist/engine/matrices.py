@@ -146,12 +146,13 @@ class _Family:
 
 
 def _worked_on(work: Work, wholes: list[torch.Tensor], held: Held, turn: Turn) -> Sequence[torch.Tensor]:
-    """What is made of some matrices."""
+    """What is made of some matrices. One that is a part of other memory is written there, beside other work."""
+    apart = wholes[0] if len(wholes) == 1 and not wholes[0].is_contiguous() else None
     stacked = wholes[0].contiguous().unsqueeze(0) if len(wholes) == 1 else torch.stack(wholes)
     wholes.clear()
     made = work(stacked, held, turn)
     held.finish()
-    return made.unbind()
+    return made.unbind() if apart is None else [apart.copy_(made[0])]
 
 
 @dataclass(frozen=True, eq=False)
