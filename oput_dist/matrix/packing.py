@@ -98,7 +98,8 @@ def _sizes(diagonal: torch.Tensor, dtype: torch.dtype, out: torch.Tensor) -> tor
 class Columns(Packing):
     """Any matrix: codes of 8 bits, and for each column what a step of them is, so that the largest magnitude is 127.
 
-    A step has 16 bits of mantissa: all that it is multiplied with is exact, and gives the same step again.
+    127 such steps, rounded, give the same step again: rounding moves them by a quarter of the step's last place at most,
+    or back to the magnitude that the step was found from.
     """
 
     def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
@@ -108,8 +109,7 @@ class Columns(Packing):
     def pack(self, numbers: torch.Tensor) -> torch.Tensor:
         kept = _empty(numbers)
         step, square = _parts(kept, numbers.shape[1:])
-        bits = (numbers.abs().amax(1) / 127).float().view(torch.int32)
-        step.copy_(((bits + 0x80) & -0x100).view(torch.float32))
+        step.copy_(numbers.abs().amax(1) / 127)
         inverse = torch.where(step > 0, 1.0 / step.to(numbers.dtype), 0.0)
         codes = (numbers * inverse.unsqueeze(1)).round_().clamp_(-127, 127)
         square.copy_(codes.nan_to_num_(0.0).to(torch.int8).view(torch.uint8))
