@@ -98,8 +98,8 @@ def _sizes(diagonal: torch.Tensor, dtype: torch.dtype, out: torch.Tensor) -> tor
 class Columns(Packing):
     """Any matrix: codes of 8 bits, and for each column what a step of them is, so that the largest magnitude is 127.
 
-    127 such steps, rounded, give the same step again: rounding moves them by a quarter of the step's last place at most,
-    or back to the magnitude that the step was found from.
+    127 such steps, rounded, give the same step again: rounding leaves less than half of the step's last place, or the
+    magnitude that the step was found from.
     """
 
     def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
