@@ -80,9 +80,11 @@ class Symmetric(Packing):
         diagonal, square = _parts(kept, numbers.shape[1:])
         diagonal.copy_(numbers.diagonal(dim1=1, dim2=2))
         given = _sizes(diagonal, numbers.dtype, torch.empty_like(numbers))
-        torch.div(numbers, given, out=given).tril_(-1)
-        roots = given.abs().sqrt_().mul_(_MOST).round_().clamp_(max=_MOST)
-        codes = roots.mul_(given.sign_()).nan_to_num_(0.0).to(torch.int16)
+        torch.div(numbers, given, out=given)
+        roots = (
+            given.abs().sqrt_().mul_(_MOST).round_().clamp_(max=_MOST)
+        )  # roots of zeros would take five times as long
+        codes = roots.mul_(given.sign_()).tril_(-1).nan_to_num_(0.0).to(torch.int16)
         square.copy_((codes >> 8).to(torch.int8).view(torch.uint8))
         square += codes.to(torch.uint8).flip(1, 2)
         return kept
