@@ -80,9 +80,11 @@ class Symmetric(Packing):
         diagonal, square = _parts(kept, numbers.shape[1:])
         diagonal.copy_(numbers.diagonal(dim1=1, dim2=2))
         given = _sizes(diagonal, numbers.dtype, torch.empty_like(numbers))
-        torch.div(numbers, given, out=given).tril_(-1)
-        roots = given.abs().sqrt_().mul_(_MOST).round_().clamp_(max=_MOST)
-        codes = roots.mul_(given.sign_()).nan_to_num_(0.0).to(torch.int16)
+        torch.div(numbers, given, out=given)
+        roots = (
+            given.abs().sqrt_().mul_(_MOST).round_().clamp_(max=_MOST)
+        )  # roots of zeros would take five times as long
+        codes = roots.mul_(given.sign_()).tril_(-1).nan_to_num_(0.0).to(torch.int16)
         square.copy_((codes >> 8).to(torch.int8).view(torch.uint8))
         square += codes.to(torch.uint8).flip(1, 2)
         return kept
@@ -98,7 +100,8 @@ def _sizes(diagonal: torch.Tensor, dtype: torch.dtype, out: torch.Tensor) -> tor
 class Columns(Packing):
     """Any matrix: codes of 8 bits, and for each column what a step of them is, so that the largest magnitude is 127.
 
-    A step has 16 bits of mantissa: all that it is multiplied with is exact, and gives the same step again.
+    127 such steps, rounded, give the same step again: rounding leaves less than half of the step's last place, or the
+    magnitude that the step was found from.
     """
 
     def unpack(self, kept: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, whole: bool = True) -> torch.Tensor:
@@ -108,8 +111,7 @@ class Columns(Packing):
     def pack(self, numbers: torch.Tensor) -> torch.Tensor:
         kept = _empty(numbers)
         step, square = _parts(kept, numbers.shape[1:])
-        bits = (numbers.abs().amax(1) / 127).float().view(torch.int32)
-        step.copy_(((bits + 0x80) & -0x100).view(torch.float32))
+        step.copy_(numbers.abs().amax(1) / 127)
         inverse = torch.where(step > 0, 1.0 / step.to(numbers.dtype), 0.0)
         codes = (numbers * inverse.unsqueeze(1)).round_().clamp_(-127, 127)
         square.copy_(codes.nan_to_num_(0.0).to(torch.int8).view(torch.uint8))
