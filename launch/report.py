@@ -174,13 +174,11 @@ def keep_rows(path: Path, last: int) -> list[dict[str, Any]]:
 def draw(rows: list[dict[str, Any]], path: Path) -> Path | None:
     """The loss curve; None if matplotlib is not installed."""
     try:
-        import matplotlib
+        import matplotlib.figure  # pyplot would take longer to import, and keep the figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
@@ -189,7 +187,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path | None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

@@ -204,19 +204,32 @@ def start(layout: str, case: str, lr: float = 0.1) -> Run:
     return Run(module, optimizer, scheduler)
 
 
-def train(layout: str, case: str, run: Run, steps: range) -> None:
+Given = dict[int, dict[str, Tensor]]
+"""The gradients of each step under a layout, which no parameter changes: the first run has them from its backward
+passes, and the others copies."""
+
+
+def train(layout: str, case: str, run: Run, steps: range, given: Given | None = None) -> None:
+    given = {} if given is None else given
     for step in steps:
-        factors = {
-            name: on_grid(100 * (step + 1) + i, shape, torch.float32) for i, (name, shape) in enumerate(SHAPES.items())
-        }
         run.optimizer.zero_grad()
-        if LAYOUTS[layout].tensor_parallel:  # such layers want inputs, and cannot be summed over
-            for name, p in run.module.named_parameters():
-                p.grad = distributed(factors[name], p)
-        else:
-            run.module(factors).backward()
+        if step not in given:
+            given[step] = gradients(layout, run.module, step)
+        for name, p in run.module.named_parameters():
+            p.grad = given[step][name].clone() if name in given[step] else None
         run.optimizer.step(**({"loss": 1.0 + step} if CASES[case].loss else {}))
         run.scheduler.step()
+
+
+def gradients(layout: str, module: nn.Module, step: int) -> dict[str, Tensor]:
+    """Those of this rank; parameters of which it has nothing may be without."""
+    factors = {
+        name: on_grid(100 * (step + 1) + i, shape, torch.float32) for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    if LAYOUTS[layout].tensor_parallel:  # such layers want inputs, and cannot be summed over
+        return {name: distributed(factors[name], p) for name, p in module.named_parameters()}
+    module(factors).backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
 def distributed(value: Tensor, like: Tensor) -> Tensor:
@@ -259,13 +272,14 @@ def save(ranks: int, folder: str) -> None:
         if spread.ranks != ranks:
             continue
         runs = {case: start(layout, case) for case in CASES}
+        given: Given = {}
         for case, run in runs.items():
-            train(layout, case, run, range(HALF))
+            train(layout, case, run, range(HALF), given)
         path = Path(folder, layout)
         dcp.save({case: parts(runs[case]) for case in spread.cases("dcp")}, checkpoint_id=path)
         files = {case: plain(runs[case]) for case in spread.cases("whole")}
         for case, run in runs.items():
-            train(layout, case, run, range(HALF, ALL))
+            train(layout, case, run, range(HALF, ALL), given)
         ends = {case: end(run) for case, run in runs.items()}
         if dist.get_rank() == 0:
             torch.save(files, path / "whole.pt")
@@ -311,6 +325,7 @@ def load(layout: str, folder: str, way: str) -> list[str]:
     own = torch.load(Path(folder, layout, "ends.pt"), weights_only=True)
     spread = LAYOUTS[layout]
     runs = {case: start(layout, case, lr=9.0) for case in spread.cases("whole")}
+    given: Given = {}
     for source in LAYOUTS:
         path = Path(folder, source)
         if way == "dcp":
@@ -318,7 +333,7 @@ def load(layout: str, folder: str, way: str) -> list[str]:
         else:
             load_whole(runs, path)
         for case, run in runs.items():
-            train(layout, case, run, range(HALF, ALL))
+            train(layout, case, run, range(HALF, ALL), given)
             found = end(run)
             lines = differences(found, wanted[case], 0.0 if CASES[case].exact else UPDATE)
             lines += [f"not bitwise: {line}" for line in differences(found, own[case], 0.0)] if source == layout else []

@@ -88,6 +88,11 @@ class Case:
 
 
 def on_grid(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _on_grid(seed, shape, dtype).clone()
+
+
+@functools.cache
+def _on_grid(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (drawn.clamp(-3.9, 3.9) * GRID).round().div(GRID).to(dtype)
 

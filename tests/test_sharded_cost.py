@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import oput_dist as oput
 from tests.layouts import Weights
+from tests.meshes import world_mesh
 from tests.pool import Pool
 from tests.toy import NAMES, create
 
@@ -49,7 +50,7 @@ def trained(layout: str, name: str, count: int = COUNT, **options: Any) -> torch
     if layout == "fsdp2":
         fully_shard(module)
     elif layout == "hsdp":
-        fully_shard(module, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(module, mesh=world_mesh((2, 2), ("replicate", "shard")))
     else:
         options["shard_group"] = dist.group.WORLD
     module({f"p{i}": torch.randn(shape) for i, shape in enumerate(shapes(count))}).backward()

@@ -43,11 +43,6 @@ def run(ranks: int, *flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(ranks, *flags), capture_output=True, text=True, timeout=240)
 
 
-def trained(ranks: int, *flags: object) -> None:
-    done = run(ranks, *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def curve(out: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in CURVE if key in row} for row in rows]
@@ -72,9 +67,10 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On the ranks of the pool; what torchrun starts has the same numbers."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    trained(2, *STEADY, "--parallel", "fsdp2", "--steps", STEPS, "--out", out)
+    pool.run(2, train, [*STEADY, "--parallel", "fsdp2", "--steps", str(STEPS), "--out", str(out)])
     return out
 
 
@@ -103,7 +99,6 @@ def test_resume_after_sigkill_continues_bitwise(uninterrupted: Path, tmp_path: P
 def test_another_number_of_ranks_continues_to_rounding(
     pool: Pool, uninterrupted: Path, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
-    """The curve to follow is torchrun's; these runs are on the ranks of the pool."""
     for (ranks, parallel), steps in ((before, STEPS // 2), (after, STEPS)):
         flags = ["--parallel", parallel, "--steps", steps, "--out", tmp_path, "--checkpoint", tmp_path / "saved"]
         pool.run(ranks, train, [*STEADY, *map(str, flags), "--resume"])
