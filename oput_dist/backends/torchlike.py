@@ -69,9 +69,12 @@ class TorchBackend:
 
     def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
         """See :class:`Backend`."""
-        if self.packed and type(stage) is Update and sums is None:
+        return self.run_with(stage, batch, _given(stage, batch, sums))
+
+    def run_with(self, stage: Stage, batch: Batch, given: _Given) -> torch.Tensor | None:
+        """The same, of what follows from the sums."""
+        if self.packed and type(stage) is Update and given.factors is None:
             batch = joined(batch)
-        given = _given(stage, batch, sums)
         single, together = packs(batch) if self.packed else (list(range(len(batch.p))), [])
         for i in single:
             self._run_single(stage, batch, i, given)
@@ -223,13 +226,12 @@ class Compile(TorchBackend):
         super().__init__()
         self._loops: dict[Any, Loop | None] = {}
 
-    def run(self, stage: Stage, batch: Batch, sums: torch.Tensor | None) -> torch.Tensor | None:
-        """See :class:`Backend`."""
-        given = _given(stage, batch, sums)
+    def run_with(self, stage: Stage, batch: Batch, given: _Given) -> torch.Tensor | None:
+        """In C++ where the stage has such a form."""
         count = 0 if given.factors is None else len(given.factors)
         loop = self._loop(stage, batch, tuple(column[0] for column in batch.columns()), count)
         if loop is None:
-            return super().run(stage, batch, sums)
+            return super().run_with(stage, batch, given)
         return loop.run(batch, given.rows, given.scale, given.factors)
 
     def takes_codes(self, stage: Stage, batch: Batch, state: Sequence[torch.Tensor | Codes]) -> bool:
