@@ -51,7 +51,7 @@ def test_the_catalogue_is_what_the_code_says() -> None:
 
 def test_examples_on_memory_run(capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "memory.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(examples) == 6
+    assert len(examples) == 8
     names: dict[str, Any] = {}
     for example in examples:
         exec(example, names)
