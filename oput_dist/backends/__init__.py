@@ -48,7 +48,7 @@ __all__ = [
 BACKENDS = ("triton", "compile", "foreach", "eager")
 """All backends, the fastest first."""
 
-COMPILE_FROM = 2**19
+COMPILE_FROM = 10**6
 """Elements on a CPU from which the default is ``compile``: below, building takes longer than it can save."""
 
 
