@@ -327,3 +327,15 @@ def test_sgd_takes_torchs_state(momentum: float) -> None:
     after = oput.SGD(params, lr=9.0, momentum=momentum)
     after.load_state_dict(before.state_dict())
     assert largest_difference(walk(after, params, range(3, 6)), wanted) <= 2e-15
+
+
+@pytest.mark.parametrize("name", ["lion", "lamb", "adafactor", "muon"])
+@pytest.mark.parametrize("backend", ["foreach", "compile"])
+def test_autograd_knows_that_parameters_changed(name: str, backend: str) -> None:
+    """A graph that has used old values must not be gone back through after a step, whatever wrote the new ones."""
+    p = nn.Parameter(torch.ones(8, 9))
+    p.grad = torch.ones(8, 9)
+    loss = (p * p).sum()
+    oput.create(name, [p], lr=0.1, backend=backend).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

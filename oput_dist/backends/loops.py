@@ -61,11 +61,12 @@ class Loop:
         table = (ctypes.c_int64 * (len(words) * len(sizes)))(*chain.from_iterable(zip(*words, strict=True)))
         partial = torch.empty(firsts[-1], self._terms, dtype=torch.float64, device="cpu")
         each = None if factors is None else factors.t().contiguous()
+        rows = rows.contiguous()
         self._library.run(
             table,
             ctypes.c_int64(len(sizes)),
             ctypes.c_float(1.0 if scale is None else float(scale)),
-            _pointer(rows.contiguous()),
+            _pointer(rows),
             _pointer(each),
             _pointer(partial),
             *tables(),

@@ -1,4 +1,5 @@
-"""The end of whatever wrote parameters: pieces that are not dense are written back, partitioned ones gathered."""
+"""The end of whatever wrote parameters: pieces that are not dense are written back, partitioned ones gathered, and
+autograd is told."""
 
 from __future__ import annotations
 
@@ -20,15 +21,22 @@ def finish(
 ) -> None:
     """Store what was written to flat copies, and gather what is partitioned: on all ranks, whatever they wrote.
 
+    Kernels write past autograd, which must refuse to go back through a graph that has used a parameter's old values.
+
     Args:
         plan: the plan.
         written: slots with what was written for them.
         concerned: which partitioned slots to gather, the same on all ranks; by default those that steps update.
     """
     concerned = concerned or updated
+    parameters: dict[int, torch.Tensor] = {}
     for slot, values in written:
+        parameters[id(slot.parameter)] = slot.parameter
         if not slot.in_place:
             slot.store(values)
+    for parameter in parameters.values():
+        if not parameter.is_inference():
+            torch.autograd.graph.increment_version(parameter)
     gathered: dict[Any, list[Slot]] = {}
     for slot in plan.slots:
         if slot.layout.gather_group is not None and concerned(slot):

@@ -191,7 +191,6 @@ class Release:
             self._optimizer.step_on(part, replace(options, backends=chosen), False)
         for p in own:
             p.grad = None
-            torch.autograd.graph.increment_version(p)  # kernels do not, and autograd must see a use that comes later
 
     def _begin(self) -> None:
         """What comes once in a pass: all that a step checks, and the word to be called back at the end."""
