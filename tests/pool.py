@@ -86,7 +86,8 @@ class Pool:
                 except (EOFError, OSError):
                     process = self._workers[rank][0]
                     process.join(1.0)
-                    good, payload = False, f"the worker died with exit code {process.exitcode}"
+                    text = self._dump(rank).read_text()
+                    good, payload = False, f"the worker died with exit code {process.exitcode}\n{text}".rstrip()
                 if good:
                     replies[rank] = payload
                 else:
@@ -127,7 +128,9 @@ class Pool:
 
 def _serve(rank: int, pipe: Any, stacks: Path) -> None:
     """A worker's loop: join the world that the task names, run it, reply (True, result) or (False, traceback)."""
-    faulthandler.register(signal.SIGUSR1, stacks.open("w"))
+    dump = stacks.open("w")
+    faulthandler.register(signal.SIGUSR1, dump)
+    faulthandler.enable(dump)
     import torch
 
     torch.set_num_threads(1)
