@@ -13,7 +13,7 @@ import torch
 
 from .batch import Batch
 
-__all__ = ["joined", "runs_of"]
+__all__ = ["joined"]
 
 
 def joined(batch: Batch) -> Batch:
@@ -21,7 +21,7 @@ def joined(batch: Batch) -> Batch:
 
     Only tensors that share their scalars are joined. Where none lie so, this is the batch itself.
     """
-    found = runs_of(batch)
+    found = _runs_of(batch)
     if len(found) == len(batch.p):
         return batch
     sizes = [sum(batch.p[i].numel() for i in run) for run in found]
@@ -35,7 +35,7 @@ def joined(batch: Batch) -> Batch:
     return Batch(p, g, states, scalars, batch.prologue, batch.scale, cache, batch.lasting)
 
 
-def runs_of(batch: Batch) -> list[range]:
+def _runs_of(batch: Batch) -> list[range]:
     """Ranges of a batch's tensors that lie one after the other, gradients and state too, of one row of scalars each."""
     count = len(batch.p)
     if "runs" not in batch.cache:  # what the parameters allow does not change as long as they are the same

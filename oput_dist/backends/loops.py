@@ -19,7 +19,7 @@ from oput_dist.kernels.stage import Prologue, Stage
 from .batch import Batch, Codes
 from .body import body_of
 
-__all__ = ["Kept", "Loop", "loop_of"]
+__all__ = ["Loop", "loop_of"]
 
 Kept = torch.dtype | Format
 """As what a tensor is in memory."""

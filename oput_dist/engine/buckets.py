@@ -78,6 +78,12 @@ class Member:
         """The states that must be opened."""
         return [each for each in self.state if isinstance(each, Cell)]
 
+    @property
+    def codes(self) -> tuple[torch.Tensor | Codes, ...] | None:
+        """The state as it is, if its codes are of whole blocks, and random bits are not drawn later; else None."""
+        found = [_direct(each, self) for each in self.state]
+        return None if any(each is None for each in found) else tuple(found)  # type: ignore[arg-type]
+
 
 @dataclass
 class Bucket:
@@ -106,12 +112,6 @@ class Bucket:
     def away(self) -> bool:
         """Whether its state is on the host, where all of it is if any."""
         return any(isinstance(cell, Remote) for cell in self.members[0].cells)
-
-    @property
-    def codes(self) -> list[tuple[torch.Tensor | Codes, ...]] | None:
-        """The state as it is, if all codes are of whole blocks, and random bits are not drawn later; else None."""
-        found = [tuple(_direct(each, member) for each in member.state) for member in self.members]
-        return None if any(each is None for state in found for each in state) else found  # type: ignore[return-value]
 
     @property
     def divided(self) -> bool:

@@ -71,11 +71,14 @@ class Coding:
 
     def _lend_codes(self, bucket: Bucket, stage: Stage) -> bool:
         """Whether a bucket's state is given to a stage as the codes that it is, which its backend takes."""
-        codes = bucket.codes if bucket.cells else None
-        if codes is None:
+        first = bucket.members[0].codes if bucket.members[0].cells else None
+        if first is None:
             return False
         backend = choose(self._options.backends, bucket.slots[0].device, bucket.total)
-        if not backend.takes_codes(stage, bucket.batch, codes[0]):
+        if not backend.takes_codes(stage, bucket.batch, first):
+            return False  # before the others are looked at: on GPUs it is always so
+        codes = [member.codes for member in bucket.members]
+        if any(each is None for each in codes):
             return False
         bucket.batch.state = codes  # type: ignore[assignment]
         return True
