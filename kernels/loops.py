@@ -6,16 +6,19 @@ float64 over spans of fixed size, so that they are the same for any number of th
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 
 from .codes import Format
 from .cpp import OPENMP, PRELUDE
-from .cpp_codes import codes_source, decoding, encoding
+from .cpp_codes import codes_source, decoding, encoding, tables
 
-__all__ = ["BLOCK", "SPAN", "Column", "loop_source"]
+__all__ = ["BLOCK", "SPAN", "Column", "loop_source", "run_loop"]
 
 BLOCK = 256
 """Elements: a multiple of the blocks of all codes."""
@@ -86,6 +89,56 @@ static void block(const int64_t* t, int64_t at, int n, const Scalars& h, double*
 }}
 {_RUN.replace("SCALARS", str(scalars)).replace("FACTORS", str(factors)).replace("MADE", _scalars(scalars, factors))}
 """
+
+
+def run_loop(
+    library: Any,
+    sizes: Sequence[int],
+    which: Sequence[int],
+    addresses: Sequence[Sequence[int]],
+    rows: torch.Tensor,
+    terms: int,
+    scale: float = 1.0,
+    factors: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Run what was built of :func:`loop_source` on some tensors.
+
+    Args:
+        library: what was built.
+        sizes: elements of each.
+        which: the number of each one's row of scalars.
+        addresses: for each column that of every tensor; of codes, then those of their scales.
+        rows: of scalars, float32.
+        terms: how many are summed.
+        scale: the scalar ``scale``.
+        factors: ``[n, tensors]``.
+
+    Returns:
+        the sums, ``[tensors, terms]``, float64; None without any.
+    """
+    spans = [-(-size // SPAN) for size in sizes]
+    firsts = [0, *accumulate(spans)]
+    words = zip(sizes, which, firsts[:-1], *addresses, strict=True)
+    table = (ctypes.c_int64 * ((3 + len(addresses)) * len(sizes)))(*chain.from_iterable(words))
+    partial = torch.empty(firsts[-1], terms, dtype=torch.float64, device="cpu")
+    each = None if factors is None else factors.t().contiguous()
+    rows = rows.contiguous()
+    library.run(
+        table,
+        ctypes.c_int64(len(sizes)),
+        ctypes.c_float(scale),
+        _pointer(rows),
+        _pointer(each),
+        _pointer(partial),
+        *tables(),
+    )
+    if not terms:
+        return None
+    return torch.segment_reduce(partial, "sum", lengths=torch.tensor(spans, device="cpu"), axis=0)
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _kind(column: Column) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "cube_root",
     "lerp",
     "lookahead",
+    "over_root",
     "passed_on",
     "sigmoid",
     "sign",
@@ -81,6 +82,13 @@ def lookahead(p, fast, slow, h):
 def adam_moments(g, m, v, h):
     """First and second moment, not bias-corrected. Needs ``h.weight1`` and ``h.weight2`` (1 - beta)."""
     return lerp(m, g, h.weight1), lerp(v, g * g, h.weight2)
+
+
+@rule
+def over_root(x, g, squares, h):
+    """What becomes of an average of squares, or a sum, and ``x`` over its root. Needs ``h`` as ``matrix.rootmean``."""
+    squares = h.kept * squares + h.fresh * (g * g)
+    return squares, h.size * x / (tl.sqrt(squares) + h.eps)
 
 
 @rule

@@ -95,11 +95,11 @@ def test_a_singular_matrix_has_a_root_and_one_that_is_not_finite_has_none(method
 def test_a_decomposition_that_fails_in_fp32_is_made_in_fp64(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     eigh, dtypes = torch.linalg.eigh, []
 
-    def failing(a: Tensor) -> Any:
+    def failing(a: Tensor, **options: Any) -> Any:
         dtypes.append(a.dtype)
         if a.dtype == torch.float32:
             raise torch.linalg.LinAlgError("did not converge")
-        return eigh(a)
+        return eigh(a, **options)
 
     def run() -> list[Tensor]:
         torch.manual_seed(0)
@@ -122,7 +122,7 @@ def apart_by(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def test_roots_that_cannot_be_found_stay_as_they_were_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(a: Tensor) -> Any:
+    def broken(a: Tensor, **options: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
     p = nn.Parameter(torch.ones(3, 2))
@@ -140,7 +140,7 @@ def test_roots_that_cannot_be_found_stay_as_they_were_and_are_counted(monkeypatc
 
 @pytest.mark.parametrize("make", [oput.Shampoo, oput.SOAP])
 def test_without_any_root_the_grafted_step_is_taken_or_none(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(a: Tensor) -> Any:
+    def broken(a: Tensor, **options: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", broken)

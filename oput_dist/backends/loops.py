@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
 from typing import Any
 
 import torch
 
 from oput_dist.kernels.codes import Format
 from oput_dist.kernels.cpp import CppLanguage, NotInCpp, Symbol, Trace, build
-from oput_dist.kernels.cpp_codes import tables
-from oput_dist.kernels.loops import SPAN, Column, loop_source
+from oput_dist.kernels.loops import Column, loop_source, run_loop
 from oput_dist.kernels.stage import Prologue, Stage
 
 from .batch import Batch, Codes
@@ -49,41 +46,22 @@ class Loop:
         Returns:
             for a Measure the sums: ``[tensors, terms]``, float64.
         """
-        sizes = [p.numel() for p in batch.p]
-        spans = [-(-size // SPAN) for size in sizes]
-        firsts = [0, *accumulate(spans)]
-        words = [
-            sizes,
+        return run_loop(
+            self._library,
+            [p.numel() for p in batch.p],
             batch.scalars.which,
-            firsts[:-1],
-            *(each for column in batch.columns() for each in _addresses(column)),
-        ]
-        table = (ctypes.c_int64 * (len(words) * len(sizes)))(*chain.from_iterable(zip(*words, strict=True)))
-        partial = torch.empty(firsts[-1], self._terms, dtype=torch.float64, device="cpu")
-        each = None if factors is None else factors.t().contiguous()
-        rows = rows.contiguous()
-        self._library.run(
-            table,
-            ctypes.c_int64(len(sizes)),
-            ctypes.c_float(1.0 if scale is None else float(scale)),
-            _pointer(rows),
-            _pointer(each),
-            _pointer(partial),
-            *tables(),
+            [each for column in batch.columns() for each in _addresses(column)],
+            rows,
+            self._terms,
+            1.0 if scale is None else float(scale),
+            factors,
         )
-        if not self._terms:
-            return None
-        return torch.segment_reduce(partial, "sum", lengths=torch.tensor(spans, device="cpu"), axis=0)
 
 
 def _addresses(column: Sequence[torch.Tensor | Codes]) -> list[list[int]]:
     if isinstance(column[0], Codes):
         return [[each.codes.data_ptr() for each in column], [each.scales.data_ptr() for each in column]]  # type: ignore[union-attr]
     return [[each.data_ptr() for each in column]]  # type: ignore[union-attr]
-
-
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def loop_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from oput_dist.collectives.balance import assigned
 from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import LayoutError, within
 from oput_dist.matrix.cores import PART, shared_out
-from oput_dist.matrix.work import Held, Turn, Work
+from oput_dist.matrix.work import Held, Kept, Turn, Work
 
 from .owned import Owned, allocate, kept_by, kept_bytes
 from .plan import Plan
@@ -127,7 +127,7 @@ class _Family:
         """The state of some blocks that are worked on together: that of the last step, if it is where it was."""
         blocks = [self.blocks[i] for i in numbers]
         work, shape = blocks[0].work, blocks[0].shape
-        kept = work.kept(shape, compute_dtype(blocks[0].slot.dtype))
+        kept = _kept(work, shape, compute_dtype(blocks[0].slot.dtype))
         if not kept:
             return Held({}, {})
         slots = list(dict.fromkeys(block.slot for block in blocks))
@@ -145,14 +145,25 @@ class _Family:
         return held
 
 
+@lru_cache(256)
+def _kept(work: Work, shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Kept]:
+    return work.kept(shape, dtype)
+
+
 def _worked_on(work: Work, wholes: list[torch.Tensor], held: Held, turn: Turn) -> Sequence[torch.Tensor]:
-    """What is made of some matrices. One that is a part of other memory is written there, beside other work."""
-    apart = wholes[0] if len(wholes) == 1 and not wholes[0].is_contiguous() else None
-    stacked = wholes[0].contiguous().unsqueeze(0) if len(wholes) == 1 else torch.stack(wholes)
+    """What is made of some matrices. Where each is a part of other memory it is written there, beside other work."""
+    alone = len(wholes) == 1
+    stacked = wholes[0].contiguous().unsqueeze(0) if alone else torch.stack(wholes)
+    apart = list(wholes) if stacked.data_ptr() != wholes[0].data_ptr() and all(map(_is_part, wholes)) else None
     wholes.clear()
     made = work(stacked, held, turn)
     held.finish()
-    return made.unbind() if apart is None else [apart.copy_(made[0])]
+    return made.unbind() if apart is None else [place.copy_(one) for place, one in zip(apart, made, strict=True)]
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Whether its memory is larger than it."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 @dataclass(frozen=True, eq=False)

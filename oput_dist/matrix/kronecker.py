@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "products",
     "readable",
     "side",
+    "succeeded",
     "where",
     "with_fresh",
 ]
@@ -61,9 +62,25 @@ class Counts:
 
     def refreshed(self, places: Sequence[int], good: torch.Tensor, tried: torch.Tensor) -> None:
         """Count what was tried at some places of the stack, and what of it is good."""
-        at = torch.tensor(places, device=good.device)
-        self.refreshes.index_add_(0, at, good.float())
-        self.failures.index_add_(0, at, (tried & ~good).float())
+        where_to = torch.tensor(places, device=good.device)
+        self.refreshes.index_add_(0, where_to, good.float())
+        if masked(good) is not None:
+            self.failures.index_add_(0, where_to, (tried & ~good).float())
+
+
+def succeeded(tried: torch.Tensor, axes: Mapping[int, Sequence[int]], fines: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of what was tried, ``[n]``, that which did not fail along any axis.
+
+    Args:
+        tried: of all matrices of the stack.
+        axes: those along which something was found, each with the places at which it was.
+        fines: for each axis which of these succeeded.
+    """
+    good = tried.clone()
+    for places, fine in zip(axes.values(), fines, strict=True):
+        if masked(fine) is not None:
+            good[list(places)] &= fine
+    return good
 
 
 class Kronecker(Work):
@@ -143,15 +160,9 @@ def where(which: Mask, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return new if which is None else torch.where(broadcast(which, new), new, old)
 
 
-def average(old: torch.Tensor, new: torch.Tensor, decay: float, counting: Mask, scratch: torch.Tensor) -> None:
-    """Make ``old`` be ``decay old + (1 - decay) new``, or the sum of both if ``decay`` is 1, where a matrix counts.
-
-    ``scratch``, of their shape, may be written to; it may be ``new`` itself. ``new`` must be finite.
-    """
-    if decay != 1:
-        old.lerp_(new, 1.0 - decay if counting is None else broadcast((1.0 - decay) * counting.double(), old))
-    else:
-        old += new if counting is None else torch.mul(new, broadcast(counting.to(old.dtype), old), out=scratch)
+def average(old: torch.Tensor, new: torch.Tensor, decay: float, counting: Mask) -> None:
+    """Make ``old`` be ``decay old + (1 - decay) new`` where a matrix counts. ``new`` must be finite."""
+    old.lerp_(new, 1.0 - decay if counting is None else broadcast((1.0 - decay) * counting.double(), old))
 
 
 def _faded(decay: float, counting: torch.Tensor) -> torch.Tensor:

@@ -25,12 +25,14 @@ from .kronecker import (
     products,
     readable,
     side,
+    succeeded,
     where,
     with_fresh,
 )
 from .packing import Symmetric
+from .rootmean import Scales, scaled_with_norms
 from .roots import Checked, inverse_roots
-from .work import Held, Kept, Turn
+from .work import Held, Kept, Turn, at
 
 __all__ = ["GRAFTS", "Precondition"]
 
@@ -39,15 +41,13 @@ _ROOT_COST = 25.0
 """Operations of an eigendecomposition of a d x d matrix, over d^3: it is slower than a product of as many."""
 
 
-class _Scales(NamedTuple):
+class _Corrections(NamedTuple):
     """What depends on the steps that counted, ``[n]``, float64."""
 
     filtered: torch.Tensor
     """What the average of gradients is multiplied by, where there is one."""
-    size: torch.Tensor
-    """What the step of the grafted optimizer is multiplied by: also for the average of squares."""
-    eps: torch.Tensor
-    """What is added to the root of the average of squares."""
+    graft: Scales
+    """Of the grafted optimizer's division, where it has one."""
     least: torch.Tensor
     """What is added to the norm that is divided by."""
 
@@ -103,32 +103,32 @@ class Precondition(Kronecker):
         for axis in range(gradient.dim() - 1):
             keep_statistics(held, gradient, axis, self.betas[1], counting)
         self.refresh(held, counts, turn, gradient)
-        self._step(gradient, held, self._scales(counts), counting, masked(counts.refreshes > 0))
+        self._step(gradient, held, self._corrections(counts, counting), counting, masked(counts.refreshes > 0))
         return gradient
 
-    def _scales(self, counts: Counts) -> _Scales:
+    def _corrections(self, counts: Counts, counting: Mask) -> _Corrections:
         if readable(counts.steps):
-            return _known_scales(self, tuple(counts.steps.tolist()))
-        return self.scales(counts.steps.double())
+            return _known_corrections(self, tuple(counts.steps.tolist()))
+        return self.corrections(counts.steps.double(), counting)
 
-    def scales(self, steps: torch.Tensor) -> _Scales:
+    def corrections(self, steps: torch.Tensor, counting: Mask = None) -> _Corrections:
         """After so many steps of each matrix."""
-        beta = self.graft_beta if self.graft == "adam" else 1.0
         beta1, beta3 = self.betas[0], self.beta3 if self.betas[0] else 0.0
         filtered = 1 / (1 - beta3 * beta1 ** (steps - 1).clamp(min=0))
-        squares = _correction(beta, steps).sqrt()
-        return _Scales(filtered, filtered * squares, self.graft_eps * squares, 1e-16 / filtered)
+        squares = _correction(self.graft_beta if self.graft == "adam" else 1.0, steps).sqrt()
+        decay = 1.0 if self.graft == "adagrad" else self.graft_beta
+        graft = Scales(decay, self.graft_eps * squares, filtered * squares, counting)
+        return _Corrections(filtered, graft, 1e-16 / filtered)
 
-    def _step(self, gradient: torch.Tensor, held: Held, scales: _Scales, counting: Mask, ready: Mask) -> None:
+    def _step(self, gradient: torch.Tensor, held: Held, made: _Corrections, counting: Mask, ready: Mask) -> None:
         """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
-        scratch = torch.empty_like(gradient)
-        filtered = self._filtered(gradient, held, counting, scratch)
-        direction = self._graft(gradient, filtered, held, scales, counting, scratch)
-        wanted = None if self.graft is None else scales.size * _norm(direction)
-        if ready is not None:
-            direction = direction * broadcast(scales.size, direction)
+        filtered = self._filtered(gradient, held, counting)
+        direction, wanted = self._graft(gradient, filtered, held, made)
+        if ready is not None and direction is filtered:
+            direction = filtered * broadcast(made.filtered, filtered)
+        scratch = torch.empty_like(gradient) if ready is not None or direction is filtered else direction
         update = self._preconditioned(filtered, held, gradient, scratch)
-        factor = scales.filtered if wanted is None else wanted / (_norm(update) + scales.least)
+        factor = made.filtered if wanted is None else wanted / (_norm(update) + made.least)
         update *= broadcast(factor, update)
         if ready is not None:
             update = where(ready, update, direction)
@@ -145,32 +145,27 @@ class Precondition(Kronecker):
             update = along(update, held.numbers(f"root_{axis}", filtered.dtype), axis, place)
         return update
 
-    def _filtered(self, gradient: torch.Tensor, held: Held, counting: Mask, scratch: torch.Tensor) -> torch.Tensor:
+    def _filtered(self, gradient: torch.Tensor, held: Held, counting: Mask) -> torch.Tensor:
         """The moving average that is preconditioned, biased."""
         beta1, beta3 = self.betas[0], self.beta3
         if not beta1:
             return gradient
         other = None if beta3 == beta1 else beta3 * held["exp_avg"] + (1 - beta3) * gradient
-        average(held["exp_avg"], gradient, beta1, counting, scratch)
+        average(held["exp_avg"], gradient, beta1, counting)
         return held["exp_avg"] if other is None else other
 
     def _graft(
-        self,
-        gradient: torch.Tensor,
-        filtered: torch.Tensor,
-        held: Held,
-        scales: _Scales,
-        counting: Mask,
-        scratch: torch.Tensor,
-    ) -> torch.Tensor:
-        """The step of the optimizer whose size the update gets, over its learning rate, biased."""
-        if self.graft in (None, "sgd"):
-            return filtered
-        beta = 1.0 if self.graft == "adagrad" else self.graft_beta
-        average(held["graft_sq"], torch.mul(gradient, gradient, out=scratch), beta, counting, scratch)
-        root = torch.sqrt(held["graft_sq"], out=scratch)
-        root += broadcast(scales.eps, root)
-        return torch.div(filtered, root, out=root)
+        self, gradient: torch.Tensor, filtered: torch.Tensor, held: Held, made: _Corrections
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The step of the optimizer whose size the update gets, over its learning rate, and that size.
+
+        Where that step is nothing but the average, it is the biased one.
+        """
+        if self.graft is None:
+            return filtered, None
+        if self.graft == "sgd":
+            return filtered, made.filtered * _norm(filtered)
+        return scaled_with_norms(filtered, gradient, held["graft_sq"], made.graft, torch.empty_like(gradient))
 
     def refresh(self, held: Held, counts: Counts, turn: Turn, like: torch.Tensor) -> None:
         """Find roots anew where they are due, the first at once. What was put off is taken up before."""
@@ -200,7 +195,7 @@ class Precondition(Kronecker):
         """Of each axis those at some places, unbiased."""
         correction = _correction(self.betas[1], counts.steps.double())
         factors = [(places, held.numbers(f"factor_{axis}", like.dtype, places)) for axis, places in axes.items()]
-        return [factor / broadcast(correction[places], factor) for places, factor in factors]
+        return [factor / broadcast(at(correction, places), factor) for places, factor in factors]
 
     def _roots(self, order: int, factors: Sequence[torch.Tensor]) -> Checked:
         return inverse_roots(factors, self._root(order), self.eps, self.root_method)
@@ -208,13 +203,11 @@ class Precondition(Kronecker):
     def _take(self, held: Held, counts: Counts, axes: Mapping[int, list[int]], found: Checked) -> None:
         """Take roots over. One that failed on any axis leaves the matrix with those that it has."""
         tried = counts.steps > 0
-        good = tried.clone()
-        for places, (_, fine) in zip(axes.values(), found, strict=True):
-            good[places] &= fine
+        good = succeeded(tried, axes, [fine for _, fine in found])
         for (axis, places), (roots, _) in zip(axes.items(), found, strict=True):
-            held.replace(f"root_{axis}", roots, places, masked(good[places]))
+            held.replace(f"root_{axis}", roots, places, masked(at(good, places)))
         every = sorted({place for places in axes.values() for place in places})
-        counts.refreshed(every, good[every], tried[every])
+        counts.refreshed(every, at(good, every), at(tried, every))
 
     def _root(self, order: int) -> float:
         """``p`` of the exponent ``-1/p``."""
@@ -227,9 +220,9 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(64)
-def _known_scales(work: Precondition, steps: tuple[float, ...]) -> _Scales:
+def _known_corrections(work: Precondition, steps: tuple[float, ...]) -> _Corrections:
     """Most matrices have counted the same steps, and to make these takes as long as a pass over one."""
-    return work.scales(torch.tensor(steps, dtype=torch.float64, device="cpu"))
+    return work.corrections(torch.tensor(steps, dtype=torch.float64, device="cpu"))
 
 
 def _correction(beta: float, steps: torch.Tensor) -> torch.Tensor:

@@ -16,17 +16,18 @@ from .kronecker import (
     Mask,
     along,
     average,
-    broadcast,
     cut,
     due,
     keep_statistics,
     masked,
     products,
     side,
+    succeeded,
     where,
     with_fresh,
 )
 from .packing import Columns, Symmetric
+from .rootmean import Scales, scaled
 from .roots import eigenvectors, orthonormal
 from .work import Held, Kept, Turn, at
 
@@ -112,15 +113,12 @@ class AdamInEigenbasis(Kronecker):
     def _adam(self, gradient: torch.Tensor, held: Held, counts: Counts, moving: Mask) -> torch.Tensor:
         """Both averages are kept in the basis: until that turns, the first is what turning that of gradients gives."""
         beta1, beta2 = self.betas
-        scratch = torch.empty_like(gradient)
         turned = self._turned(gradient, held, back=False)
-        average(held["exp_avg"], turned, beta1, moving, scratch)
-        average(held["exp_avg_sq"], torch.mul(turned, turned, out=scratch), beta2, moving, scratch)
+        average(held["exp_avg"], turned, beta1, moving)
         steps = counts.steps.double().clamp(min=1)
-        step = torch.sqrt(held["exp_avg_sq"], out=scratch)
-        step += self.eps
-        torch.div(held["exp_avg"], step, out=step)
-        step *= broadcast((1 - beta2**steps).sqrt() / (1 - beta1**steps), step)
+        size = (1 - beta2**steps).sqrt() / (1 - beta1**steps)
+        h = Scales(beta2, torch.full_like(size, self.eps), size, moving)
+        step = scaled(held["exp_avg"], turned, held["exp_avg_sq"], h, torch.empty_like(gradient))
         return self._turned(step, held, back=True)
 
     def _turned(self, stacked: torch.Tensor, held: Held, back: bool) -> torch.Tensor:
@@ -175,17 +173,16 @@ class AdamInEigenbasis(Kronecker):
 
     def _turn(self, held: Held, counts: Counts, axes: Axes, found: _Found, like: torch.Tensor) -> None:
         """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
-        good = torch.ones(len(like), dtype=torch.bool, device=like.device)
-        for places, (_, (_, fine)) in zip(axes.values(), found, strict=True):
-            good[places] &= fine
+        tried = torch.ones(len(like), dtype=torch.bool, device=like.device)
+        good = succeeded(tried, axes, [fine for _, (_, fine) in found])
         for (axis, places), (order, (basis, _)) in zip(axes.items(), found, strict=True):
-            last, which = held.numbers(f"basis_{axis}", like.dtype, places), masked(good[places])
+            last, which = held.numbers(f"basis_{axis}", like.dtype, places), masked(at(good, places))
             turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
             held.replace("exp_avg", turned, places, which)
             held.replace("exp_avg_sq", _ordered(at(held["exp_avg_sq"], places), order, axis), places, which)
             held.replace(f"basis_{axis}", basis, places, which)
         every = sorted({place for places in axes.values() for place in places})
-        counts.refreshed(every, good[every], torch.ones_like(good[every]))
+        counts.refreshed(every, at(good, every), at(tried, every))
 
 
 def _next(bases: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> _Found:
