@@ -26,6 +26,7 @@ __all__ = [
     "due",
     "keep_statistics",
     "masked",
+    "passes",
     "products",
     "readable",
     "side",
@@ -34,6 +35,8 @@ __all__ = [
     "with_fresh",
 ]
 
+_PASSES = 1500.0
+"""Operations for each element: of a block of 256 x 256 on one core passes take 0.8 ms, four products 0.9."""
 READABLE = {"cpu"}
 """Devices whose values are looked at in a step. No step waits for a GPU: there everything is worked on, under masks."""
 COUNTS = "matrix_counts"
@@ -263,3 +266,8 @@ def cut(shape: Sequence[int], size: int | None) -> list[tuple[slice, ...]]:
 def products(shape: Sequence[int]) -> float:
     """Operations of one product along every axis."""
     return 2.0 * sum(shape) * prod(shape)
+
+
+def passes(shape: Sequence[int]) -> float:
+    """Operations that take as long as a step's passes over the memory of a matrix."""
+    return _PASSES * prod(shape)

@@ -119,10 +119,14 @@ def _eigenvectors(stacked: torch.Tensor) -> torch.Tensor:
 
 
 def _orthonormal(stacked: torch.Tensor) -> torch.Tensor:
+    if stacked.device.type != "cpu":
+        found: torch.Tensor = torch.linalg.qr(stacked)[0]
+        return found
     size = stacked.shape[-1]
-    if stacked.device.type == "cpu" and size % _ALIASED == 0:
+    if size % _ALIASED == 0:
         stacked = torch.nn.functional.pad(stacked.mT, (0, _APART)).mT
-    found: torch.Tensor = torch.linalg.qr(stacked)[0]
+    reflected, scales = torch.geqrf(stacked)  # what qr does, which also copies R: a quarter of its time
+    found = torch.linalg.householder_product(reflected, scales)
     return found[..., :size, :]
 
 

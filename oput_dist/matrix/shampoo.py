@@ -22,6 +22,7 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
+    passes,
     products,
     readable,
     side,
@@ -83,7 +84,7 @@ class Precondition(Kronecker):
     def load(self, shape: Sequence[int], turn: Turn) -> float:
         now = self._due(turn, len(shape))
         roots = 0.0 if self.delay else sum(len(places) * float(d) ** 3 for d, places in zip(shape, now, strict=True))
-        return 2 * products(shape) * len(turn.phases) + _ROOT_COST * roots
+        return (2 * products(shape) + passes(shape)) * len(turn.phases) + _ROOT_COST * roots
 
     def kept(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Kept]:
         shape = tuple(shape)
