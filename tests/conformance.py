@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from oput_dist.engine.forms import with_tensors
 from oput_dist.engine.writing import COMPENSATION
+from oput_dist.layout import whole_or_local
 from tests.layouts import Layout, Plain
 from tests.pool import Pool
 from tests.wrapped import LAYOUTS
@@ -123,17 +123,36 @@ class Report:
     misplaced: list[str]  # state that is not laid out as its parameter
 
 
+def memory(value: Tensor) -> Tensor:
+    """What this process holds of a tensor, without the operations that DTensors make of this."""
+    return whole_or_local(value).detach()
+
+
 def local(value: Tensor) -> np.ndarray:
-    value = value.detach()
-    value = value.to_local() if isinstance(value, DTensor) else value
+    value = memory(value)
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
 
 
-def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+States = dict[str, dict[str, Any]]  # parameter -> its state, with tensors in place of what steps open
+
+
+def states_of(params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> States:
+    origin: Any = getattr(optimizer, "origin", optimizer)
+    if not getattr(getattr(origin, "options", None), "opens", False):
+        return {name: optimizer.state[p] for name, p in params.items()}
+    groups, every, found = origin.param_groups, origin._current_plan().slots, {}
+    for p in dict.fromkeys(params.values()):
+        slots = [slot for slot in every if slot.parameter is p]
+        names = [(COMPENSATION, *origin.recipe(groups[slot.group], slot.layout.shape).state) for slot in slots]
+        found[p] = with_tensors(slots, optimizer.state[p], names)
+    return {name: found[p] for name, p in params.items()}
+
+
+def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], states: States) -> Snapshot:
     taken = {}
     for name, p in params.items():
         taken[name] = {"param": local(layout.local(name, p))}
-        for key, value in sorted(state_of(optimizer, p).items()):
+        for key, value in sorted(states[name].items()):
             kind, _, original = key.partition(".")  # of a tensor that stands for several
             if kind in case.owned:
                 continue
@@ -141,17 +160,6 @@ def snapshot(case: Case, layout: Layout, params: dict[str, Tensor], optimizer: t
                 whole = kind in ("step", *case.vectors)
                 taken[name][kind] = local(value if whole else layout.local(name, value))
     return taken
-
-
-def state_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
-    """The state of a parameter, with tensors in place of what steps open."""
-    origin: Any = getattr(optimizer, "origin", optimizer)
-    if not getattr(getattr(origin, "options", None), "opens", False):
-        return optimizer.state[p]
-    slots = [slot for slot in origin._current_plan().slots if slot.parameter is p]
-    groups = origin.param_groups
-    names = [(COMPENSATION, *origin.recipe(groups[slot.group], slot.layout.shape).state) for slot in slots]
-    return with_tensors(slots, optimizer.state[p], names)
 
 
 Row = tuple[Case, torch.dtype, str]  # the string is the backend of the sharded run
@@ -181,22 +189,26 @@ class Course:
     def __init__(self, layout: Layout, dtype: torch.dtype) -> None:
         self.layout, self._dtype = layout, dtype
         self.params = layout.start(start_values(dtype))
-        self._start = {p: p.detach().clone() for p in self.params.values()}
-        self._given: dict[int, dict[Tensor, Tensor | None]] = {}
+        self._every = list(dict.fromkeys(self.params.values()))
+        self._start = [memory(p).clone() for p in self._every]
+        self._given: dict[int, tuple[list[Tensor | None], list[Tensor], list[Tensor]]] = {}
 
-    @torch.no_grad()
     def begin(self) -> None:
-        for p, value in self._start.items():
-            p.copy_(value)
+        torch._foreach_copy_([memory(p) for p in self._every], self._start)
+        for p in self._every:
             p.grad = None
 
     def give(self, step: int) -> None:
-        """Sets ``grad`` of every parameter."""
+        """Sets ``grad`` of every parameter, as it was when it was made, whatever a step may have written there."""
         if step not in self._given:
             self.layout.give(self.params, gradients(step, self._dtype, self.layout.skips))
-            self._given[step] = {p: p.grad for p in self._start}
-        for p, grad in self._given[step].items():
-            p.grad = None if grad is None else grad.clone()
+            grads = [p.grad for p in self._every]
+            held = [memory(grad) for grad in grads if grad is not None]
+            self._given[step] = grads, held, [each.clone() for each in held]
+        grads, held, values = self._given[step]
+        torch._foreach_copy_(held, values)
+        for p, grad in zip(self._every, grads, strict=True):
+            p.grad = grad
 
 
 def train(course: Course, case: Case, backend: str, pieces: Pieces, absent: set[str]) -> Report:
@@ -207,18 +219,19 @@ def train(course: Course, case: Case, backend: str, pieces: Pieces, absent: set[
     for step in range(LAST):
         course.give(step)
         case.advance(optimizer, step, differs)
-    before = snapshot(case, layout, params, optimizer)
+    before = snapshot(case, layout, params, states_of(params, optimizer))
     course.give(LAST)
     for name in absent:
         params[name].grad = None
     case.advance(optimizer, LAST, differs)
+    states, apart = states_of(params, optimizer), ("step", *case.vectors, *case.owned)
     misplaced = [
         f"state {k} of {name} is not laid out as its parameter"
         for name, p in params.items()
-        for k, v in state_of(optimizer, p).items()
-        if k.split(".")[0] not in ("step", *case.vectors, *case.owned) and not layout.alike(p, v)
+        for k, v in states[name].items()
+        if k.split(".")[0] not in apart and not layout.alike(p, v)
     ]
-    return Report(before, snapshot(case, layout, params, optimizer), pieces, absent, misplaced)
+    return Report(before, snapshot(case, layout, params, states), pieces, absent, misplaced)
 
 
 # ------------------------------------------------------------------------------------------------------- in the parent
@@ -232,7 +245,8 @@ def faults(pool: Pool, layout: str, n: int, rows: list[Row]) -> list[str]:
         skips = LAYOUTS[layout].skips
         before = reference(Key(case), dtype, skips, LAST)
         if case.partly and skips and n > ABSENT:
-            after = last_step(case, before, {name: reports[ABSENT].pieces[name] for name in DROPPED}, dtype)
+            pieces = reports[ABSENT].pieces
+            after = last_step(Key(case), dtype, tuple((k, tuple(pieces[k].reshape(-1).tolist())) for k in DROPPED))
         else:
             after = reference(Key(case), dtype, skips, LAST + 1)
         limit = 0.0 if case.exact and backend != "compile" else RELATIVE_ERROR[dtype]
@@ -252,8 +266,8 @@ def compare(case: Case, wanted: Snapshot, got: Snapshot, report: Report, layout:
     The error of a parameter is max|got - wanted| / max|wanted - start|, relative to how far training moved it; that of
     a state is relative to the largest element of that state.
     """
-    start = start_values(torch.float64)
-    found = []
+    start, found = start_values(torch.float64), []
+    entire = ("step", *case.vectors, *(("param",) if LAYOUTS[layout].whole_parameters else ()))
     for name, tensors in wanted.items():
         if not LAYOUTS[layout].empty_pieces and not report.pieces[name].size:
             continue
@@ -262,8 +276,7 @@ def compare(case: Case, wanted: Snapshot, got: Snapshot, report: Report, layout:
             found.append(f"{name} has {sorted(got[name])} instead of {sorted(tensors)}")
             continue
         for k, whole in tensors.items():
-            entire = k in ("step", *case.vectors) or (k == "param" and LAYOUTS[layout].whole_parameters)
-            expected = whole if entire else whole.reshape(-1)[report.pieces[name]]
+            expected = whole if k in entire else whole.reshape(-1)[report.pieces[name]]
             if expected.shape != got[name][k].shape:
                 found.append(f"{name}.{k} has shape {got[name][k].shape} instead of {expected.shape}")
             elif not np.array_equal(expected, got[name][k]):
@@ -287,23 +300,47 @@ class Key:
         return isinstance(other, Key) and self.text == other.text
 
 
+class Alone:
+    """One plain process, backend eager, which goes on as far as it is asked to."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, skips: bool) -> None:
+        self._case, self._layout, self._dtype, self._skips = case, Plain(), dtype, skips
+        self._params = self._layout.start(start_values(dtype))
+        self._optimizer = case.build(self._params, backend="eager")
+        self._taken: list[Snapshot] = []  # after each step
+
+    def after(self, steps: int) -> Snapshot:
+        for step in range(len(self._taken), steps):
+            self._layout.give(self._params, gradients(step, self._dtype, self._skips))
+            self._case.advance(self._optimizer, step)
+            states = states_of(self._params, self._optimizer) if step >= LAST - 1 else {}
+            self._taken.append(snapshot(self._case, self._layout, self._params, states) if states else {})
+        return self._taken[steps - 1]
+
+
 @functools.cache
+def alone(key: Key, dtype: torch.dtype, skips: bool) -> Alone:
+    return Alone(key.case, dtype, skips)
+
+
 def reference(key: Key, dtype: torch.dtype, skips: bool, steps: int) -> Snapshot:
-    """One plain process, backend eager, after some steps."""
-    layout = Plain()
-    params = layout.start(start_values(dtype))
-    plain = key.case.build(params, backend="eager")
-    for step in range(steps):
-        layout.give(params, gradients(step, dtype, skips))
-        key.case.advance(plain, step)
-    return snapshot(key.case, layout, params, plain)
+    """Where one process is after LAST or LAST + 1 steps."""
+    return alone(key, dtype, skips).after(steps)
 
 
-def last_step(case: Case, before: Snapshot, missing: Pieces, dtype: torch.dtype) -> Snapshot:
-    """The rule for missing gradients, spelt out: a plain step on tensors made of just the elements that take part."""
+@functools.cache
+def last_step(key: Key, dtype: torch.dtype, pieces: tuple[tuple[str, tuple[int, ...]], ...]) -> Snapshot:
+    """The rule for missing gradients, spelt out: a plain step on tensors made of just the elements that take part.
+
+    Args:
+        key: the case.
+        dtype: of the parameters.
+        pieces: the elements that have no gradient.
+    """
+    case, missing, before = key.case, dict(pieces), reference(key, dtype, True, LAST)
     grads = gradients(LAST, dtype)
     after = {name: {k: v.copy() for k, v in tensors.items()} for name, tensors in before.items()}
-    present = {name: np.setdiff1d(np.arange(v["param"].size), missing.get(name, [])) for name, v in before.items()}
+    present = {name: np.setdiff1d(np.arange(v["param"].size), missing.get(name, ())) for name, v in before.items()}
 
     def part(name: str, values: np.ndarray) -> Tensor:
         everything = present[name].size == values.size  # a whole tensor keeps its shape
@@ -316,7 +353,7 @@ def last_step(case: Case, before: Snapshot, missing: Pieces, dtype: torch.dtype)
         state = {k: part(name, v) for k, v in before[name].items() if k not in ("param", "step")}
         optimizer.state[p] = state | {k: torch.tensor(v) for k, v in before[name].items() if k == "step"}
     case.advance(optimizer, LAST)
-    for name, tensors in snapshot(case, Plain(), params, optimizer).items():
+    for name, tensors in snapshot(case, Plain(), params, states_of(params, optimizer)).items():
         for k in tensors.keys() - {"step"}:
             after[name][k].reshape(-1)[present[name]] = tensors[k].reshape(-1)
     for tensors in after.values():

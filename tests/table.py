@@ -16,7 +16,7 @@ from rich.progress import track
 from torch.distributed.tensor.debug import CommDebugMode
 
 import oput_dist as oput
-from tests.conformance import LAST, Case, Key, Snapshot, gradients, held, reference, snapshot, start_values
+from tests.conformance import LAST, Case, Key, Snapshot, gradients, held, reference, snapshot, start_values, states_of
 from tests.layouts import Plain
 from tests.pool import Pool
 from tests.wrapped import LAYOUTS, WORLDS, WRAPPED_WORLDS
@@ -78,7 +78,8 @@ def measure(name: str, case: Case, pieces: dict[str, np.ndarray]) -> Measured:
     with CommDebugMode() as counter:
         case.advance(optimizer, LAST)
     collectives = counter.get_total_counts()
-    return Measured(snapshot(case, layout, params, optimizer), pieces, oput.state_bytes(optimizer), collectives)
+    kept = snapshot(case, layout, params, states_of(params, optimizer))
+    return Measured(kept, pieces, oput.state_bytes(optimizer), collectives)
 
 
 def error_of(case: Case, layout: str, wanted: Snapshot, got: Measured) -> float:

@@ -31,7 +31,15 @@ def coded(case: Case, name: str) -> Case:
 FEW = [BY_NAME[name] for name in ("adamw", "lion", "adan", "lamb")]
 NONE = {f"oput_dist.{name}" for name in ("Amos", "Adafactor", "MADGRAD", "SGD", "SGDScheduleFree")}
 """Optimizers that keep no moving average in these settings; they refuse."""
-THOROUGH = [("rows", 3), ("zero1", 2), ("grid", 4)]
+KINDS = [
+    BY_NAME[name]
+    for name in ("came", "adammini", "swats", "ranger21", "muon", "soap", "prodigy", "momoadam", "lamb clipped")
+]
+"""One for each way in which ranks exchange what stages need, besides FEW."""
+SOME = [BY_NAME[name] for name in ("adamw", "lion", "lamb")]
+
+
+OTHER_FORMATS = [coded(case, name) for case in FEW for name in ("fp8", "int4")]
 
 
 class Named(Case):
@@ -48,22 +56,24 @@ def drawn(case: Case) -> Case:
 
 
 def rows_for(layout: str, n: int) -> list[Row]:
-    """Every optimizer's coded state where the others' settings all run too, elsewhere some, and bf16 parameters.
+    """Every optimizer's coded state in one world, in two others one for each kind of exchange, since what codes state
+    knows no rule; elsewhere some, and bf16 parameters.
 
     Drawn: what rounds in the last bit may draw another way, so no norms. Not in bf16: layouts that round gradients on
     their way, as torch's own optimizers show there too (FSDP2 and FSDP1 multiply by a third or by half the square root
     of two, tensor parallelism adds up in another order).
     """
-    if (layout, n) not in THOROUGH:
-        coded_rows = itertools.product([coded(case, "int8") for case in FEW], [torch.float32], ["foreach"])
-        low = [replace(c, name=f"{c.name} kahan", options={**c.options, "kahan_sum": True}) for c in FEW]
-        low += [drawn(case) for case in FEW if case.exact]
-        rounding = (layout, n) == ("fsdp2", 3) or layout.startswith(("fsdp1", "tp", "fsdp2-tp"))
-        return [*coded_rows, *(() if rounding else itertools.product(low, [torch.bfloat16], ["foreach"]))]
-    cases = [coded(case, "int8") for case in ONE_EACH if type(case) is Case and case.optimizer not in NONE] + [
-        coded(c, name) for c in FEW for name in ("fp8", "int4")
-    ]
-    return list(itertools.product(cases, [torch.float32], ["foreach"]))
+    if (layout, n) == ("rows", 3):
+        cases = [coded(case, "int8") for case in ONE_EACH if type(case) is Case and case.optimizer not in NONE]
+        return list(itertools.product([*cases, *OTHER_FORMATS], [torch.float32], ["foreach"]))
+    if (layout, n) in (("zero1", 2), ("grid", 4)):
+        cases = [coded(case, "int8") for case in (*FEW, *KINDS)]
+        return list(itertools.product([*cases, *OTHER_FORMATS], [torch.float32], ["foreach"]))
+    coded_rows = itertools.product([coded(case, "int8") for case in SOME], [torch.float32], ["foreach"])
+    low = [replace(c, name=f"{c.name} kahan", options={**c.options, "kahan_sum": True}) for c in SOME]
+    low += [drawn(case) for case in SOME if case.exact]
+    rounding = (layout, n) == ("fsdp2", 3) or layout.startswith(("fsdp1", "tp", "fsdp2-tp"))
+    return [*coded_rows, *(() if rounding else itertools.product(low, [torch.bfloat16], ["foreach"]))]
 
 
 def test_some_refuse() -> None:

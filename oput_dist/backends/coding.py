@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -33,7 +33,8 @@ def decode(backend: Backend, jobs: Sequence[Job]) -> None:
     if library is not None:
         library.decode(jobs)
         return
-    for code, codes, scales, numbers in jobs:
+    for some in _calls(backend, jobs):
+        code, codes, scales, numbers = _joined(some)
         if backend.name == "triton":
             grid = (-(-len(codes) // PROGRAM),)
             with on(codes.device):
@@ -42,6 +43,7 @@ def decode(backend: Backend, jobs: Sequence[Job]) -> None:
         body = _decoding(code, backend.name == "compile")
         for part in _parts(code, len(codes), backend):
             body(codes[part], scales[part], numbers[part])
+        _give_back(some, 3, numbers)
 
 
 def encode(backend: Backend, jobs: Sequence[Job], known: bool = False) -> None:
@@ -54,7 +56,8 @@ def encode(backend: Backend, jobs: Sequence[Job], known: bool = False) -> None:
     if library is not None:
         library.encode(jobs, known)
         return
-    for code, codes, scales, numbers in jobs:
+    for some in _calls(backend, jobs):
+        code, codes, scales, numbers = _joined(some)
         if backend.name == "triton":
             grid = (-(-len(codes) // PROGRAM),)
             with on(codes.device):
@@ -63,12 +66,49 @@ def encode(backend: Backend, jobs: Sequence[Job], known: bool = False) -> None:
         body = _encoding(code, known, backend.name == "compile")
         for part in _parts(code, len(codes), backend):
             body(numbers[part], codes[part], scales[part])
+        _give_back(some, 1, codes)
+        _give_back(some, 2, scales)
 
 
 def _library(backend: Backend, jobs: Sequence[Job]) -> Native | None:
     """C++ where backend ``compile`` is on a CPU, and it could be built."""
     here = backend.name == "compile" and bool(jobs) and jobs[0][1].device.type == "cpu"
     return native() if here else None
+
+
+def _calls(backend: Backend, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Which jobs to do in one call: in plain torch operations those of one format and few blocks, as each operation
+    costs more than the arithmetic of a small tensor."""
+    if backend.name in ("triton", "compile"):
+        yield from ([job] for job in jobs)
+        return
+    by_format: dict[Format, list[Job]] = {}
+    for job in jobs:
+        by_format.setdefault(job[0], []).append(job)
+    for code, every in by_format.items():
+        most, together, count = _CHUNK // code.block, list[Job](), 0
+        for job in every:
+            if together and count + len(job[1]) > most:
+                yield together
+                together, count = [], 0
+            together.append(job)
+            count += len(job[1])
+        yield together
+
+
+def _joined(jobs: list[Job]) -> Job:
+    """One job for all of some, in memory of its own unless it is one."""
+    if len(jobs) == 1:
+        return jobs[0]
+    formats, codes, scales, numbers = zip(*jobs, strict=True)
+    return formats[0], torch.cat(codes), torch.cat(scales), torch.cat(numbers)
+
+
+def _give_back(jobs: list[Job], item: int, made: torch.Tensor) -> None:
+    """Copy what was made for all of some jobs, an item of each, to where it belongs."""
+    if len(jobs) > 1:
+        pieces = torch.split(made, [len(job[1]) for job in jobs])
+        torch._foreach_copy_([job[item] for job in jobs], list(pieces))  # type: ignore[misc]
 
 
 def _parts(code: Format, count: int, backend: Backend) -> list[slice]:

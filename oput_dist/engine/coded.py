@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +39,22 @@ class Coded:
             torch.zeros(count, dtype=torch.float32, device=device),
         )
         if count and device.type != "meta":
-            zero = torch.empty(1, code.width, dtype=torch.uint8, device="cpu")
-            scale = torch.zeros(1, dtype=torch.float32, device="cpu")
-            encode(backend("eager"), [(code, zero, scale, torch.zeros(1, code.block, device="cpu"))])
-            made.codes.copy_(zero.to(device))
+            made.codes.copy_(_zero(code).to(device))
         return made
 
     @property
     def nbytes(self) -> int:
         """Of codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
+
+
+@functools.cache
+def _zero(code: Format) -> torch.Tensor:
+    """The codes of a block of zeros."""
+    codes = torch.empty(1, code.width, dtype=torch.uint8, device="cpu")
+    scale = torch.zeros(1, dtype=torch.float32, device="cpu")
+    encode(backend("eager"), [(code, codes, scale, torch.zeros(1, code.block, device="cpu"))])
+    return codes
 
 
 def decoded(slot: Slot, coded: Coded) -> torch.Tensor:

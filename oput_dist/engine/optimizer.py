@@ -190,7 +190,8 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{owner}: {name} holds for the whole optimizer, not for a group: give it to the class"
                 )
-            if name not in self.defaults and (near := nearest(name, [*self.defaults, *_LATER], cutoff=0.85)):
+            known = name == "params" or name in self.defaults
+            if not known and (near := nearest(name, [*self.defaults, *_LATER], cutoff=0.85)):
                 warnings.warn(f"{owner}: parameter group has an unknown option {name!r}.{near}", stacklevel=4)
         entries = param_group["params"]
         seen: set[int] = set()

@@ -60,6 +60,14 @@ class Recipe:
     kept: tuple[str, ...] = ()
     whole: Work | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Worked out once: a step looks up by recipes many times, and this looks at every rule."""
+        return hash((self.stages, self.state, self.decay, self.vectors, self.kept, self.whole))
+
     def sums(self, number: int) -> tuple[Axes, ...]:
         """What a stage sums: for each sum the axes that it keeps."""
         return self.stages[number].sums if number < len(self.stages) else ()

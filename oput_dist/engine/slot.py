@@ -46,9 +46,10 @@ class Slot:
         """The class of the parameter's module, where it is known."""
         self.facts: dict[Any, Any] = {}
         """What follows from the layout alone, kept by those who worked it out."""
-        memory = whole_or_local(parameter.detach())
+        bare = parameter.detach()
+        memory = whole_or_local(bare)
         self._address, self._shape, self._memory_strides = memory.data_ptr(), memory.shape, memory.stride()
-        piece = layout.piece(parameter.detach())
+        piece = layout.piece(bare)
         self.numel = piece.numel()
         self.dtype, self.device = piece.dtype, piece.device
         self.piece = piece

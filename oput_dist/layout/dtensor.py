@@ -29,6 +29,8 @@ class Distributed(Layout):
         self._stride = parameter.stride()
         self._mesh = parameter.device_mesh
         self._placements = parameter.placements
+        self._specs = {parameter.dtype: parameter._spec}
+        """What tells DTensors that are laid out like the parameter where they live, by dtype."""
         if any(placement.is_partial() for placement in self._placements):
             raise LayoutError(f"placements {self._placements} of a parameter: partial sums cannot be optimized")
         coordinate = self._mesh.get_coordinate()
@@ -127,12 +129,9 @@ class Distributed(Layout):
 
     def _zeros(self, dtype: torch.dtype, device: torch.device) -> DTensor:
         local = torch.empty_strided(self._local_shape, self._local_strides, dtype=dtype, device=device).zero_()
-        if device.type in (self._mesh.device_type, "meta"):
-            return self.placed(local)
-        spec = self.placed(
-            torch.empty_like(local, device="meta")
-        )._spec  # from_local would move it to the mesh's device
-        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        if dtype not in self._specs:  # of nothing: from_local would move what is elsewhere to the mesh's device
+            self._specs[dtype] = self.placed(torch.empty_like(local, device="meta"))._spec
+        return DTensor(local, self._specs[dtype], requires_grad=False)  # type: ignore[no-untyped-call]
 
     def placed(self, local: torch.Tensor) -> DTensor:
         """The DTensor that is laid out like the parameter and of which this rank holds ``local``."""
