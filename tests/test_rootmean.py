@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import oput_dist as oput
 from oput_dist.matrix import rootmean
 from oput_dist.matrix.rootmean import Scales, scaled, scaled_with_norms
+from tests.pool import Pool
 
 LARGE, SMALL = (160, 128), (7, 5)  # the first takes the pass in C++
 N = 4
@@ -86,3 +92,27 @@ def test_without_a_compiler_torch_operations_remain(monkeypatch: pytest.MonkeyPa
     other = scaled(x, g, again, scales(0.9), torch.empty_like(x))
     torch.testing.assert_close(other, made, rtol=1e-6, atol=0)
     torch.testing.assert_close(again, squares, rtol=1e-6, atol=0)
+
+
+def trained(make: str) -> list[torch.Tensor]:
+    """Whole parameters after some steps, on any number of ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    drawn = torch.Generator().manual_seed(0)
+
+    def spread(value: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+
+    params = [nn.Parameter(spread(torch.randn(384, 128, generator=drawn))) for _ in range(2)]
+    optimizer = oput.create(make, params, lr=0.1, precondition_frequency=2, block_size=128)
+    for _ in range(4):
+        for p in params:
+            p.grad = spread(torch.randn(384, 128, generator=drawn))
+        optimizer.step()
+    return [p.full_tensor().detach() for p in params]
+
+
+@pytest.mark.parametrize("make", ["shampoo", "soap"])
+def test_no_sharding_changes_a_bit_of_what_takes_one_pass(pool: Pool, make: str) -> None:
+    (alone,) = pool.run(1, trained, make)
+    for whole in pool.run(3, trained, make):
+        assert all(torch.equal(p, q) for p, q in zip(whole, alone, strict=True))
