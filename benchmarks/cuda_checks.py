@@ -15,7 +15,6 @@ from oput_dist.kernels.grouped import grouped, segmented_sum
 from .checks import (
     LOSS,
     SHAPES,
-    STEPS,
     Result,
     Setup,
     give_gradients,
@@ -23,6 +22,7 @@ from .checks import (
     kept,
     reference_step,
     snapshot,
+    steps_for,
     tensors,
     worst,
 )
@@ -47,7 +47,7 @@ def one_rank(variant: Variant, setup: Setup, layout: str) -> Result:
     params = list(model.parameters())
     optimizer = variant.build(groups(params, LR), backend=setup.backend, **extra)
     error = 0.0
-    for step in range(STEPS):
+    for step in steps_for(setup):
         optimizer.zero_grad()
         x = torch.randn(64, 33, device=setup.device, dtype=setup.dtype)
         (model(x).square().sum() * (step + 1)).backward()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .checks import ABSENT, LOSS, STEPS, Result, Setup, give_gradients, groups, shapes_for, snapshot, tensors
+from .checks import ABSENT, LOSS, Result, Setup, give_gradients, groups, shapes_for, snapshot, steps_for, tensors
 from .variants import LR, Variant
 
 __all__ = ["compensated", "tossed"]
@@ -51,7 +51,7 @@ def tossed(variant: Variant, setup: Setup, exact: bool) -> Result:
 def _trained(variant: Variant, setup: Setup, backend: str, options: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     params = tensors(setup, shapes_for(setup))
     optimizer = variant.build(groups(params, LR), backend=backend, state_dtype=torch.float32, **options)
-    for step in range(STEPS):
-        give_gradients(params, step, absent=2 if step == ABSENT else None)
+    for step in steps_for(setup):
+        give_gradients(params, step, ABSENT.get(step))
         optimizer.run(None, LOSS)
     return snapshot(optimizer, params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -101,17 +102,17 @@ class Variant:
     def name(self) -> str:
         return " ".join([self.optimizer, *(f"{k}={v}" for k, v in self.options.items())])
 
-    @property
+    @cached_property
     def exchanges(self) -> bool:
         """Whether one of its stages sums over parameters."""
         return any(measures(program.stage) for program in self.programs())
 
-    @property
+    @cached_property
     def joint(self) -> bool:
         """Whether its step follows from sums over the whole model."""
         return any(isinstance(program.stage.given, Joint) for program in self.programs())
 
-    @property
+    @cached_property
     def measures(self) -> bool:
         """Whether it sums over parameters, so that the order of summation shows in the last bits."""
         return "max_grad_norm" in self.options or self.exchanges
