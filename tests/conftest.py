@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch starts its threads: the machine is shared with the ranks
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: processes that take one file after the other (launch/test.sh) then end together."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of the tests that run alone most files have none, and importing all takes longer than such a test."""
+    alone = config.option.markexpr == "alone" and collection_path.suffix == ".py"
+    return True if alone and "pytest.mark.alone" not in collection_path.read_text() else None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,13 +1,13 @@
-"""The same script under torchrun, mpirun, the deepspeed launcher and srun: one loss curve, that of one process.
+"""The same script under mpirun, the deepspeed launcher and srun: one loss curve, that of one process.
 
-Each launcher starts one run of each kind; what else DeepSpeed runs or refuses is on the ranks of the pool.
+Each launcher starts one run; under torchrun tests/test_launch_scripts.py runs the demo. What else DeepSpeed runs or
+refuses is on the ranks of the pool.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,34 +17,24 @@ import pytest
 
 from tests.deepspeed_worlds import enter
 from tests.pool import Pool
+from tests.started import free_port, start
 from tests.test_recipes import SMALL, assert_close, curve, refusal, train
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "launch" / "train.py"
 BIN = Path(sys.executable).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 MPIRUN = [str(BIN / "mpirun"), "-n", "2", sys.executable]
 DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2"]
 FLAGS = [*SMALL, "--schedule", "constant", "--lr", "0.01", "--optimizer", "lamb", "--steps", "4"]
 FLAGS += ["--accumulate", "2", "--clip", "0.5"]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
-
-
-def start(starter: list[str], parallel: str, out: Path, **environment: str) -> subprocess.Popen[str]:
+def launch(starter: list[str], parallel: str, out: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "MPI", "SLURM"))}
-    env |= {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{env['PATH']}", "PYTHONPATH": str(ROOT), **environment}
+    env |= {"DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{env['PATH']}", "PYTHONPATH": str(ROOT)}
     command = [*starter, "launch/train.py", *flags(parallel, out)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def curve_of(process: subprocess.Popen[str], out: Path) -> list[dict[str, float]]:
-    said, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, said[-3000:]
-    return curve(out)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def flags(parallel: str, out: Path) -> list[str]:
@@ -70,20 +60,11 @@ def single(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return rows
 
 
-@pytest.mark.parametrize(
-    ("starter", "parallel"),
-    [
-        (TORCHRUN, "zero2-ds"),
-        (MPIRUN, "zero2-ds"),
-        (MPIRUN, "fsdp2"),
-        (DEEPSPEED, "zero2-ds"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else Path(value[0]).name,
-)
-def test_curve_is_that_of_one_process(single: Any, tmp_path: Path, starter: list[str], parallel: str) -> None:
+@pytest.mark.parametrize("starter", [MPIRUN, DEEPSPEED], ids=lambda starter: Path(starter[0]).name)
+def test_curve_is_that_of_one_process(single: Any, tmp_path: Path, starter: list[str]) -> None:
     assert shutil.which(starter[0])
-    words = [*starter, "--master_port", free_port()] if starter is DEEPSPEED else starter
-    assert_close(curve_of(start(words, parallel, tmp_path), tmp_path), single)
+    launch([*starter, "--master_port", free_port()] if starter is DEEPSPEED else starter, "zero2-ds", tmp_path)
+    assert_close(curve(tmp_path), single)
 
 
 @pytest.mark.parametrize("parallel", ["zero1-ds", "zero3-ds"])
@@ -97,18 +78,18 @@ def test_ranks_of_slurm(single: Any, tmp_path: Path) -> None:
     common = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
-        start([sys.executable], "fsdp2", tmp_path, **common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-        for rank in range(2)
+        start(TRAIN, flags("fsdp2", tmp_path), tmp_path, rank, **common, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        for rank in ("0", "1")
     ]
-    curves = [curve_of(process, tmp_path) for process in ranks]
-    assert_close(curves[0], single)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.said + rank.complained
+    assert_close(curve(tmp_path), single)
 
 
 def test_srun_without_a_meeting_point_is_refused(tmp_path: Path) -> None:
-    process = start([sys.executable], "ddp", tmp_path, SLURM_STEP_ID="0", SLURM_PROCID="0")
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "under srun MASTER_ADDR must be set, as in launch/slurm.sh" in said
+    rank = start(TRAIN, flags("ddp", tmp_path), tmp_path, SLURM_STEP_ID="0", SLURM_PROCID="0")
+    assert rank.wait() == 2
+    assert "under srun MASTER_ADDR must be set, as in launch/slurm.sh" in rank.complained
 
 
 @pytest.mark.parametrize(

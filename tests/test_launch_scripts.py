@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.started import torchrun
+
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "launch" / "train.py"
 SCRIPTS = ("launch/_env.sh", "launch/demo.sh", "launch/test.sh", ".ci/run")
 SHORT = ["--steps", "2", "--warmup", "0", "--batch-size", "4", "--eval-sequences", "2", "--threads", "1"]
 SHORT += ["--width", "16", "--layers", "1", "--heads", "2", "--context", "16"]
@@ -57,14 +60,30 @@ def test_every_command_of_the_readme_is_run_somewhere() -> None:
 
 @pytest.mark.parametrize("line", [line for line in readme_commands() if is_training(line)])
 def test_training_commands_of_the_readme(line: str, tmp_path: Path) -> None:
-    words = shlex.split(line)
-    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    words = [*programs[words[0]], *words[1:], *SHORT, "--out", str(tmp_path)]
+    """``torchrun`` itself, for processes that were not forked, starts in test_demo, and ``python`` below."""
+    starter, arguments = line.split("launch/train.py")
+    size = re.fullmatch(r"(?:python|torchrun --standalone --nproc-per-node (\d)) ", starter)
+    assert size
+    words = [*shlex.split(arguments), *SHORT, "--out", str(tmp_path)]
     if "--checkpoint" in words:
         words += ["--checkpoint", str(tmp_path / "saved")]
-    done = run(words, ROOT)
+    ranks = torchrun(int(size[1] or 1), TRAIN, words, tmp_path)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.said + rank.complained
+    if "--help" in words:
+        assert "--optimizer NAME" in ranks[0].said
+    else:
+        assert re.search(r"^held-out loss: \S+ at first, \S+ at the end", ranks[0].said, flags=re.MULTILINE)
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_python_itself(tmp_path: Path) -> None:
+    line = next(line for line in readme_commands() if is_training(line))
+    words = shlex.split(line)
+    assert words[:2] == ["python", "launch/train.py"]
+    done = run([sys.executable, *words[1:], *SHORT, "--out", str(tmp_path)], ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "--help" in words or (tmp_path / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

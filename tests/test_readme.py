@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from benchmarks import catalogue
 from oput_dist.optimizers import OPTIMIZERS
+from tests.started import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,11 +29,9 @@ def test_examples_run(tmp_path: Path) -> None:
     script.write_text(
         WITHOUT_OPS + "".join(f"{example}\nprint('example {i} ran')\n" for i, example in enumerate(EXAMPLES))
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for i in range(len(EXAMPLES)):
-        assert result.stdout.count(f"example {i} ran") == 2
+    for rank in torchrun(2, script, [], tmp_path):
+        assert rank.wait() == 0, rank.complained[-3000:]
+        assert re.findall(r"example (\d) ran", rank.said) == [str(i) for i in range(len(EXAMPLES))]
 
 
 def test_every_optimizer_is_in_the_table_once() -> None:

@@ -5,12 +5,12 @@ import math
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,23 +24,15 @@ from launch.schedule import scale
 from launch.train import main
 from launch.world import World
 from tests.pool import Pool
+from tests.started import start, torchrun
 from tests.test_recipes import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = ["--width", "16", "--layers", "2", "--heads", "2", "--context", "16", "--batch-size", "8", "--threads", "1"]
-SMALL += ["--eval-every", "4", "--eval-sequences", "5"]
+SMALL += ["--eval-every", "4", "--eval-sequences", "5", "--data", str(ROOT / "launch")]
 STEADY = [*SMALL, "--schedule", "constant", "--optimizer", "lamb", "--lr", "0.01", "--opt", "backend=foreach"]
 CURVE = ("step", "loss", "lr", "val_loss")
-
-
-def command(ranks: int, *flags: object) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *(torchrun if ranks > 1 else ()), str(TRAIN), *map(str, flags)]
-
-
-def run(ranks: int, *flags: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(ranks, *flags), capture_output=True, text=True, timeout=240)
 
 
 def curve(out: Path) -> list[dict[str, float]]:
@@ -54,16 +46,9 @@ def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]]) 
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        psutil.Process(pid).kill()
-    process.wait()
-
-
 # --- curves and resuming ---
 
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +59,24 @@ def uninterrupted(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_resume_after_sigkill_continues_bitwise(uninterrupted: Path, tmp_path: Path) -> None:
+def test_resume_after_sigkill_continues_bitwise(pool: Pool, uninterrupted: Path, tmp_path: Path) -> None:
     saving = ["--checkpoint", tmp_path / "saved", "--checkpoint-every", 3, "--resume"]
     flags = [*STEADY, "--parallel", "fsdp2", "--steps", STEPS, "--out", tmp_path, *saving]
-    moment = random.randrange(5, 25)
-    process = subprocess.Popen(command(2, *flags), stdout=subprocess.PIPE, text=True)
+    moment = random.randrange(5, 16)
+    ranks = torchrun(2, TRAIN, flags, tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not metrics.exists() or len(metrics.read_text().splitlines()) <= moment:
-        assert process.poll() is None, "the run ended by itself"
+        assert all(rank.process.is_alive() for rank in ranks), "the run ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    kill_all(process)
+    for rank in ranks:
+        rank.process.kill()
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
     assert len(curve(tmp_path)) < STEPS, "it was too late to kill the run"
     (tmp_path / "saved" / ".incomplete").mkdir(exist_ok=True)  # as if killed while it was being written
-    done = run(2, *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing from" in done.stdout
+    said, _ = pool.run(2, train, [*map(str, flags)])
+    assert "continuing from" in said
     assert curve(tmp_path) == curve(uninterrupted)
     assert [p.name for p in (tmp_path / "saved").iterdir()] == [f"step-{STEPS:06d}"]
 
@@ -129,7 +115,7 @@ def test_steps_are_those_of_a_plain_loop_of_torch(tmp_path: Path) -> None:
     flags = ["--optimizer", "adamw", "--lr", "0.01", "--opt", "weight_decay=0.1", "backend=foreach", "--clip", "0.5"]
     flags += ["--schedule", "constant", "--steps", "5", "--seed", "3", "--accumulate", "2", "--out", str(tmp_path)]
     assert main([*SMALL, *flags]) == 0
-    text = data.read_corpus(None, 16).train
+    text = data.read_corpus(ROOT / "launch", 16).train
     torch.manual_seed(3)
     model = GPT(16, 2, 2, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
@@ -240,7 +226,7 @@ def test_unfinished_rows_are_cut(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence(flags: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--threads", str(torch.get_num_threads()), *flags.split()]) == 2
+    assert main([*SMALL, *flags.split()]) == 2
     message = capsys.readouterr().err
     assert re.fullmatch(f"train.py: [^\n]*{sentence}[^\n]*\n", message), message
 
@@ -269,16 +255,18 @@ def test_what_does_not_fit_the_ranks(flags: list[str], sentence: str) -> None:
 
 
 def test_two_ranks_print_the_sentence_once_and_end_with_2() -> None:
-    done = run(2, *SMALL, "--batch-size", 5)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(TRAIN), *SMALL, "--batch-size", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.stderr.count("train.py: --batch-size 5 cannot be divided over 2 rank(s)") == 1
     assert re.search(r"exitcode +: 2 ", done.stderr)
     assert f'File "{TRAIN}"' not in done.stderr
 
 
-def test_a_plain_process_ends_with_2() -> None:
-    done = run(1, "--optimizer", "nonesuch")
-    assert done.returncode == 2
-    assert re.fullmatch("train.py: [^\n]*nonesuch[^\n]*\n", done.stderr)
+def test_a_plain_process_ends_with_2(tmp_path: Path) -> None:
+    process = start(TRAIN, ["--optimizer", "nonesuch"], tmp_path)
+    assert process.wait() == 2
+    assert re.fullmatch("train.py: [^\n]*nonesuch[^\n]*\n", process.complained)
 
 
 # --- checkpoints that do not fit ---
@@ -330,9 +318,10 @@ def test_failed_save_ends_all_ranks_and_leaves_the_last_good_one(adam: Path, tmp
     shutil.copytree(adam, tmp_path, dirs_exist_ok=True)
     (tmp_path / "saved" / ".incomplete").write_text("in the way")
     good = {p: p.read_bytes() for p in (tmp_path / "saved" / "step-000002").rglob("*") if p.is_file()}
-    done = run(2, *adam_flags(tmp_path, "--resume", "--steps", "4"))
-    assert done.stderr.count("step-000004 could not be written (FileExistsError") == 1
-    assert re.search(r"exitcode +: 1 ", done.stderr)
+    ranks = torchrun(2, TRAIN, adam_flags(tmp_path, "--resume", "--steps", "4"), tmp_path)
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    said = "".join(rank.complained for rank in ranks)
+    assert said.count("step-000004 could not be written (FileExistsError") == 1
     assert {p: p.read_bytes() for p in (tmp_path / "saved" / "step-000002").rglob("*") if p.is_file()} == good
 
 

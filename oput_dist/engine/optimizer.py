@@ -223,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         return self.run(closure, None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # as torch.compiler.disable, which imports Dynamo at once: a second of a process
     @torch.no_grad()
     def run(self, closure: Callable[[], Any] | None, loss: torch.Tensor | float | None) -> Any:
         """What ``step`` does; ``loss`` is given where the optimizer needs it and there is no closure."""

@@ -180,7 +180,7 @@ class Release:
 
     # -------------------------------------------------------------------------------------------- in a backward pass
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # as torch.compiler.disable, which imports Dynamo at once: a second of a process
     @torch.no_grad()
     def take(self, parameters: Sequence[torch.Tensor]) -> None:
         """Update parameters whose gradients are final, and free those."""
