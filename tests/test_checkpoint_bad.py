@@ -41,7 +41,7 @@ def missing_parameter(saved: dict[str, Any]) -> None:
 
 
 def extra_tensor(saved: dict[str, Any]) -> None:
-    entry(saved, "head.bias")["momentum"] = torch.zeros(3)
+    entry(saved, "head.weight")["momentum"] = torch.zeros(3)
 
 
 def extra_parameter(saved: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ BAD: list[tuple[Change, str]] = [
     (missing_tensor, r"'(\w+\.)*block.up.weight' lacks 'exp_avg_sq'"),
     (missing_counter, r"'(\w+\.)*block.up.weight' lacks 'step'"),
     (missing_parameter, r"lacks the state of parameter '(\w+\.)*block.up.bias'.*state_dict\['state'\]\[1\] = \{\}"),
-    (extra_tensor, r"'(\w+\.)*head.bias' has 'momentum', which this optimizer does not keep"),
+    (extra_tensor, r"'(\w+\.)*head.weight' has 'momentum', which this optimizer does not keep"),
     (extra_parameter, "state for 99, a parameter that is in none of its groups"),
     (
         other_shape,
@@ -116,8 +116,8 @@ BAD: list[tuple[Change, str]] = [
     (broken_counter, r"'step' of parameter '(\w+\.)*scale' is tensor\(nan\), but must be a whole number"),
     (several_counters, r"'step' of parameter '(\w+\.)*scale' is tensor\(\[1., 2.\]\), but must be a whole number"),
     (no_state, "has no 'state'"),
-    (fewer_groups, r"groups hold \[6\] parameters, but this optimizer's hold \[6, 3\]; it lacks 'head.bias'"),
-    (fewer_parameters, r"groups hold \[6, 2\] parameters, but this optimizer's hold \[6, 3\]; it lacks 'head.bias'"),
+    (fewer_groups, r"groups hold \[5\] parameters, but this optimizer's hold \[5, 2\]; it lacks 'head.weight'"),
+    (fewer_parameters, r"groups hold \[5, 1\] parameters, but this optimizer's hold \[5, 2\]; it lacks 'head.weight'"),
     (other_groups, r"'(\w+\.)*scale' is in group 1 of this optimizer, but in group 0 .*: make the groups as they were"),
     (other_optimizer, "saved by AdamW: make the same optimizer"),
     (newer_format, "group 1 .* has format 2, .* formats up to 1: upgrade oput_dist"),

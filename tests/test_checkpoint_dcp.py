@@ -25,14 +25,13 @@ from tests.checkpoints import (
     CASES,
     HALF,
     LAYOUTS,
-    SHAPES,
     START,
     UPDATE,
     Run,
     differences,
     end,
-    load_dcp,
     parts,
+    resumed_by_dcp,
     start,
     train,
     whole,
@@ -61,7 +60,7 @@ def early(layouts: list[str]) -> list[str]:
             state = get_optimizer_state_dict(run.module, run.optimizer)["state"]
             tensors = [v for entries in state.values() for k, v in entries.items() if k != "step"]
             local = [t for v in tensors for t in local_tensors(v)]
-            if set(state) != set(SHAPES) or any(bool(t.any()) for t in local):
+            if set(state) != set(whole(run.module)) or any(bool(t.any()) for t in local):
                 faults.append(f"{case} under {layout}: {sorted(state)}")
             faults += [f"{name} was moved" for name, p in whole(run.module).items() if not torch.equal(p, START[name])]
             train(layout, case, run, range(ALL))
@@ -101,7 +100,7 @@ def saved_meanwhile(layout: str, folder: str) -> list[str]:
         train(layout, case, run, range(HALF, ALL))
     future.result()
     faults = []
-    for case, run in load_dcp(layout, Path(folder, layout), cases).items():
+    for case, run in resumed_by_dcp(layout, Path(folder, layout), cases).items():
         train(layout, case, run, range(HALF, ALL))
         faults += [f"{case}: {line}" for line in differences(end(run), end(runs[case]), 0.0)]
     return faults

@@ -22,19 +22,20 @@ from torch import Tensor, nn
 
 import oput_dist as oput
 from oput_dist.engine.saved import FORMAT, FORMAT_KEY
-from tests.checkpoints import ALL, CASES, HALF, START, UPDATE, load_dcp, parts, restore, start, train, whole
+from tests.checkpoints import CASES, HALF, START, UPDATE, parts, restore, resumed_by_dcp, start, train, whole
 from tests.pool import Pool
 
 BY_DCP = ["adafactor"]  # every value of a group takes a kilobyte there
 ADDED = {"refresh_delay": 0}
 """Options that came after this format was kept, with what they are where a state dict lacks them."""
+LATER = range(HALF, HALF + 3)
 KEPT = Path(__file__).parent / "fixtures" / "format1"
 
 
 def write(folder: str) -> None:
     """Make the fixture, on the ranks of a world."""
     path = Path(folder)
-    runs = {case: start("fsdp2", case) for case in CASES}
+    runs = {case: start("fsdp2", case, biases=True) for case in CASES}
     for case, run in runs.items():
         train("fsdp2", case, run, range(HALF))
     dcp.save({case: parts(runs[case]) for case in BY_DCP}, checkpoint_id=path)
@@ -42,7 +43,7 @@ def write(folder: str) -> None:
         c: {"model": whole(run.module), "optimizer": oput.full_state_dict(run.optimizer)} for c, run in runs.items()
     }
     for case, run in runs.items():
-        train("fsdp2", case, run, range(HALF, ALL))
+        train("fsdp2", case, run, LATER)
     ends = {case: whole(run.module) for case, run in runs.items()}
     if dist.get_rank() == 0:
         torch.save(files, path / "whole.pt")
@@ -52,15 +53,15 @@ def write(folder: str) -> None:
 def resumed(layout: str, way: str) -> dict[str, dict[str, Tensor]]:
     """Where training from the fixture ends."""
     if way == "dcp":
-        runs = load_dcp(layout, KEPT, BY_DCP)
+        runs = resumed_by_dcp(layout, KEPT, BY_DCP, biases=True)
     else:
         loaded = torch.load(KEPT / "whole.pt", weights_only=True)
-        runs = {case: start(layout, case, lr=9.0) for case in CASES}
+        runs = {case: start(layout, case, lr=9.0, biases=True) for case in CASES}
         for case, run in runs.items():
             restore(run.module, loaded[case]["model"])
             run.optimizer.load_state_dict(loaded[case]["optimizer"])
     for case, run in runs.items():
-        train(layout, case, run, range(HALF, ALL))
+        train(layout, case, run, LATER)
     return {case: whole(run.module) for case, run in runs.items()}
 
 
@@ -88,7 +89,7 @@ def form(value: Any) -> Any:
 def written_now() -> dict[str, Any]:
     found = {}
     for case in CASES:
-        run = start("one", case)
+        run = start("one", case, biases=True)
         train("one", case, run, range(HALF))
         found[case] = oput.full_state_dict(run.optimizer)
     return found
@@ -155,7 +156,7 @@ def newer_by_dcp(folder: str) -> str:
         group[FORMAT_KEY] = 2
     dcp.save({"lamb": parts(run)}, checkpoint_id=folder)
     with pytest.raises(ValueError, match="has format 2") as error:
-        load_dcp("fsdp2", Path(folder), ["lamb"])
+        resumed_by_dcp("fsdp2", Path(folder), ["lamb"])
     return str(error.value)
 
 

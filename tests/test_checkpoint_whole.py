@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oput_dist as oput
-from tests.checkpoints import ALL, HALF, LAYOUTS, SHAPES, differences, distributed, end, restore, start, train, whole
+from tests.checkpoints import ALL, HALF, LAYOUTS, differences, distributed, end, restore, start, train, whole
 from tests.conformance import on_grid
 from tests.pool import Pool
 from tests.toy import largest_difference
@@ -138,7 +138,7 @@ def kept() -> tuple[bool, bool]:
         type(v) is Tensor and v.device.type == "cpu" for s in mine.get("state", {}).values() for v in s.values()
     )
     shapes = sorted(tuple(s["exp_avg"].shape) for s in mine.get("state", {}).values())
-    return mine == {}, plain and shapes == sorted(SHAPES.values())
+    return mine == {}, plain and shapes == sorted(tuple(p.shape) for p in whole(run.module).values())
 
 
 def test_only_ranks_that_keep_it_get_it(pool: Pool) -> None:

@@ -37,10 +37,13 @@ def shapes(count: int) -> list[tuple[int, ...]]:
 
 
 def collectives(work: Callable[[], Any]) -> dict[str, int]:
-    """The collectives that really ran, by their names in c10d, from the profiler: no way of calling one escapes it."""
+    """The collectives that really ran, by their names in c10d, from the profiler: no way of calling one escapes it.
+
+    The events as they were recorded: making torch's table of them costs more than all the steps do.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
-    names = Counter({event.key: event.count for event in profile.key_averages()})
+    names = Counter(event.name() for event in profile.profiler.kineto_results.events())
     return {name.removeprefix("c10d::"): count for name, count in names.items() if name.startswith("c10d::")}
 
 
