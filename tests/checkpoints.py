@@ -25,7 +25,7 @@ import oput_dist as oput
 from tests.conformance import on_grid
 from tests.meshes import world_mesh
 
-HALF, ALL = 3, 5  # of every two steps after the half, one refreshes what is refreshed in every second
+HALF, ALL = 3, 6
 UPDATE = 1e-6  # of the update: how far rounding may take an optimizer with norms
 
 

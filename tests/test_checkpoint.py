@@ -27,7 +27,7 @@ from tests.pool import Pool
 from tests.toy import NAMES, NORMS, create
 
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (7, 5), "vector": (11,), "short": (2, 3), "conv": (4, 3, 2, 2)}
-HALF, ALL = 3, 5
+HALF, ALL = 3, 6
 
 
 def make(name: str, module: nn.Module, **options: Any) -> torch.optim.Optimizer:

@@ -48,7 +48,7 @@ def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]]) 
 
 # --- curves and resuming ---
 
-STEPS = 24
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
