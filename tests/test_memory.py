@@ -29,7 +29,7 @@ def allocated(work: Any) -> int:
         kept = work()
         gc.collect()
     del kept
-    # Not the sum over profile.key_averages(), which is the same and takes seconds to attribute each byte to an operation.
+    # The sum over profile.key_averages() is the same, but takes seconds: it gives each byte to an operation.
     events = profile.profiler.kineto_results.events()
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
