@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -11,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.machine_code import Product, Row, faults, jobs, product_faults, products, report
 from benchmarks.variants import bytes_per_element, programs
 from oput_dist.kernels.codes import FORMATS
 from oput_dist.kernels.compiling import TARGETS, Report, compile_code
+from oput_dist.kernels.stage import Decay, Write
 
 CODES = [i for i, code in enumerate(FORMATS) if code.signed or code.bits == 8]
 
@@ -33,16 +36,32 @@ def rows() -> list[Row]:
 
 def test_every_rule_for_every_target(rows: list[Row]) -> None:
     rules = {program.stage.rule.__name__ for program in programs()}
-    compiled = {(row.program.split()[0], row.target, row.dtype) for row in rows}
-    assert compiled >= {(rule, target, "bfloat16") for rule in rules for target in ("sm_80", "gfx942")}
-    assert compiled >= {(rule, target, "float32") for rule in rules for target in ("sm_90", "gfx942")}
-    assert {target for _, target, _ in compiled} == TARGETS.keys()
+    compiled = {(row.program.split()[0], row.target) for row in rows}
+    assert compiled == {(rule, target) for rule in rules for target in TARGETS}
+    in_dtypes = {(row.program.split()[0], row.dtype) for row in rows}
+    assert in_dtypes >= {(rule, dtype) for rule in rules for dtype in ("float32", "bfloat16")}
+    assert {number for number, _, _ in jobs()} == set(range(len(programs())))
     assert {row.program for row in rows} == {program.name for program in programs()}
+
+
+def test_every_target_sees_every_prologue() -> None:
+    known = programs()
+    ways = {(known[i].prologue.decay, known[i].scaled, target, dtype) for i, target, dtype in jobs()}
+    dtypes = (torch.float32, torch.bfloat16)
+    assert ways >= set(itertools.product(Decay, (False, True), TARGETS, dtypes))
+    assert {(known[i].prologue.write, target) for i, target, _ in jobs()} == set(itertools.product(Write, TARGETS))
 
 
 def test_wide_accesses_and_no_spills(rows: list[Row]) -> None:
     found = faults(rows)
     assert not found, "\n".join(found)
+
+
+def test_faults_are_seen() -> None:
+    right = Row("adam", "gfx942", "float32", 8, 8, 6, 6, spills=0, registers=59)
+    assert not faults([right])
+    for change in ({"wide_loads": 7}, {"wide_loads": 9}, {"wide_stores": 5}, {"spills": 4}, {"registers": 161}):
+        assert len(faults([replace(right, **change)])) == 1
 
 
 def test_codes() -> None:
