@@ -132,20 +132,20 @@ def trajectory(kind: str, name: str, base: str) -> float:
     copy_weights(place, again)
     resumed = again.make(name, base)
     resumed.load_state_dict(copy.deepcopy(sharded.state_dict()))
-    moved = Place("plain")
-    with torch.no_grad():
-        for p, value in zip(moved.model.parameters(), there, strict=True):
-            p.copy_(value)
+    singles = [(alone, whole)]
     if base == "lamb":
-        alone, whole = moved, moved.make(name, base, kind)
-        whole.load_state_dict(oput.full_state_dict(sharded))
-    for step in range(3, 5):
-        sharded.step(place.call(name, step))
-        whole.step(alone.call(name, step))
-        resumed.step(again.call(name, step))
+        moved = Place("plain")
+        with torch.no_grad():
+            for p, value in zip(moved.model.parameters(), there, strict=True):
+                p.copy_(value)
+        singles.append((moved, moved.make(name, base, kind)))
+        singles[-1][1].load_state_dict(oput.full_state_dict(sharded))
+    for one, optimizer in [(place, sharded), (again, resumed), *singles]:
+        for step in range(3, 5):
+            optimizer.step(one.call(name, step))
     end = place.values()
     assert same(end, again.values())
-    return max(worst, largest_difference(end, alone.values()))
+    return max(worst, *(largest_difference(end, one.values()) for one, _ in singles))
 
 
 @contextlib.contextmanager
