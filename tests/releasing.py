@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import oput_dist as oput
 from oput_dist.optimizers import OPTIMIZERS
 from tests.conformance import gradients, start_values
+from tests.meshes import world_mesh
 from tests.toy import create
 from tests.wrapped import LAYOUTS
 
@@ -77,9 +79,10 @@ def ddp_views(model: nn.Module) -> nn.Module:
 
 
 def fsdp2(model: nn.Module) -> nn.Module:
+    mesh = world_mesh((dist.get_world_size(),))
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -143,6 +146,47 @@ def differing(wrap: str, names: list[str], **options: Any) -> list[str]:
         if apart(held(*runs[1]), held(*runs[0])):
             found.append(name)
     return found
+
+
+class Stack(nn.ModuleList):
+    """Models that have nothing to do with each other, in one pass."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.stack([net(tokens) for net in self]).sum()
+
+
+def differing_in_one_pass(names: list[str]) -> list[str]:
+    """The same under FSDP2, with models of all optimizers in units that they share: passes take the time, not steps."""
+    runs = [stacked(names, release) for release in (False, True)]
+    for stack, optimizers in runs:
+        for step in range(STEPS):
+            stack(batch(step)).backward()
+            for net, (optimizer, scheduler) in zip(stack, optimizers, strict=True):
+                assert optimizer._release is None or all(p.grad is None for p in net.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+    ends = [
+        [held(net, optimizer) for net, (optimizer, _) in zip(stack, optimizers, strict=True)]
+        for stack, optimizers in runs
+    ]
+    return [name for name, plain, other in zip(names, *ends, strict=True) if apart(other, plain)]
+
+
+def stacked(names: list[str], release: bool) -> tuple[Stack, list[tuple[oput.Optimizer, Any]]]:
+    torch.manual_seed(0)
+    net, mesh = Net(), world_mesh((dist.get_world_size(),))
+    stack = Stack(copy.deepcopy(net) for _ in names)
+    for i in range(len(net.blocks)):
+        fully_shard([one.blocks[i] for one in stack], mesh=mesh)
+    fully_shard(stack, mesh=mesh)
+    optimizers = []
+    for name, one in zip(names, stack, strict=True):
+        optimizer = create(name, one, gradient_release=release, lr=0.01, weight_decay=0.1)
+        if release:
+            oput.prepare_for_gradient_release(one, optimizer)
+        optimizers.append((optimizer, torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.75)))
+    return stack, optimizers
 
 
 def differing_under(layout: str, names: list[str]) -> list[str]:
