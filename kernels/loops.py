@@ -54,10 +54,10 @@ class Column:
 def loop_source(
     lines: Sequence[str], columns: Sequence[Column], scalars: int, factors: int, terms: Sequence[str]
 ) -> str:
-    """A library with ``run(table, tensors, scale, rows, factors, partial, tables, bytes)``.
+    """A library with ``run(table, tensors, scale, rows, factors, partial, sums, tables, bytes)``.
 
     ``table`` has for every tensor: elements, number of its row of scalars, number of its first span, and for each
-    column an address, of codes that of the scales too. ``partial`` gets the sums of each span.
+    column an address, of codes that of the scales too. ``partial`` gets the sums of each span, ``sums`` theirs.
 
     Args:
         lines: what is done to an element, by ``x0``, ``x1``, ... of the columns, ``h.h0``, ... of the scalars,
@@ -116,11 +116,10 @@ def run_loop(
     Returns:
         the sums, ``[tensors, terms]``, float64; None without any.
     """
-    spans = [-(-size // SPAN) for size in sizes]
-    firsts = [0, *accumulate(spans)]
+    firsts = [0, *accumulate(-(-size // SPAN) for size in sizes)]
     words = zip(sizes, which, firsts[:-1], *addresses, strict=True)
     table = (ctypes.c_int64 * ((3 + len(addresses)) * len(sizes)))(*chain.from_iterable(words))
-    partial = torch.empty(firsts[-1], terms, dtype=torch.float64, device="cpu")
+    partial, sums = (torch.empty(n, terms, dtype=torch.float64, device="cpu") for n in (firsts[-1], len(sizes)))
     each = None if factors is None else factors.t().contiguous()
     rows = rows.contiguous()
     library.run(
@@ -130,11 +129,10 @@ def run_loop(
         _pointer(rows),
         _pointer(each),
         _pointer(partial),
+        _pointer(sums),
         *tables(),
     )
-    if not terms:
-        return None
-    return torch.segment_reduce(partial, "sum", lengths=torch.tensor(spans, device="cpu"), axis=0)
+    return sums if terms else None
 
 
 def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -235,7 +233,7 @@ static void span(const int64_t* t, int64_t at, const Scalars& h, double* partial
 }
 
 extern "C" void run(const int64_t* table, int64_t count, float scale, const float* rows, const float* factors,
-                    double* partial, const float* tables, const uint8_t* bytes) {
+                    double* partial, double* sums, const float* tables, const uint8_t* bytes) {
     int64_t total = 0;
     for (int64_t i = 0; i < count; ++i) total += table[i * WORDS];
     #pragma omp parallel if (total > 2 * SPAN)
@@ -254,6 +252,14 @@ extern "C" void run(const int64_t* table, int64_t count, float scale, const floa
                     span(t, n * SPAN, h, partial + (t[2] + n) * TERMS, tables, bytes);
             }
             begin += t[0];
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t* t = table + i * WORDS;
+        for (int term = 0; term < TERMS; ++term) {
+            double total = 0.0;
+            for (int64_t n = t[2]; (n - t[2]) * SPAN < t[0]; ++n) total += partial[n * TERMS + term];
+            sums[i * TERMS + term] = total;
         }
     }
 }

@@ -102,7 +102,7 @@ def _used_here(found: Any) -> None:
     if isinstance(found, torch.Tensor):
         if found.device.type == "cuda":
             found.record_stream(torch.cuda.current_stream(found.device))
-    else:
+    elif found is not None:
         for one in found:
             _used_here(one)
 

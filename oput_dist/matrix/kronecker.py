@@ -11,7 +11,7 @@ from math import prod
 import torch
 
 from .packing import Packing
-from .work import Held, Kept, Turn, Work
+from .work import Held, Kept, Turn, Work, at
 
 __all__ = [
     "COUNTS",
@@ -26,6 +26,7 @@ __all__ = [
     "due",
     "keep_statistics",
     "masked",
+    "masked_at",
     "passes",
     "products",
     "readable",
@@ -63,25 +64,32 @@ class Counts:
         """As state."""
         return Kept((3,), torch.float32)
 
-    def refreshed(self, places: Sequence[int], good: torch.Tensor, tried: torch.Tensor) -> None:
-        """Count what was tried at some places of the stack, and what of it is good."""
-        where_to = torch.tensor(places, device=good.device)
-        self.refreshes.index_add_(0, where_to, good.float())
-        if masked(good) is not None:
-            self.failures.index_add_(0, where_to, (tried & ~good).float())
+    def refreshed(self, axes: Mapping[int, Sequence[int]], good: Mask, tried: Mask) -> None:
+        """Count what was tried at some places of the stack, along some axes, and what of it is good."""
+        every = sorted({place for places in axes.values() for place in places})
+        where_to = torch.tensor(every, device=self.refreshes.device)
+        if good is None:
+            self.refreshes[where_to] += 1
+        else:
+            failed = ~good if tried is None else tried & ~good
+            self.refreshes.index_add_(0, where_to, at(good, every).float())
+            self.failures.index_add_(0, where_to, at(failed, every).float())
 
 
-def succeeded(tried: torch.Tensor, axes: Mapping[int, Sequence[int]], fines: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of what was tried, ``[n]``, that which did not fail along any axis.
+def succeeded(tried: Mask, axes: Mapping[int, Sequence[int]], fines: Sequence[Mask], like: torch.Tensor) -> Mask:
+    """Of what was tried that which did not fail along any axis.
 
     Args:
         tried: of all matrices of the stack.
         axes: those along which something was found, each with the places at which it was.
         fines: for each axis which of these succeeded.
+        like: ``[n]``, on the device.
     """
-    good = tried.clone()
+    if all(fine is None for fine in fines):
+        return tried
+    good = torch.ones_like(like, dtype=torch.bool) if tried is None else tried.clone()
     for places, fine in zip(axes.values(), fines, strict=True):
-        if masked(fine) is not None:
+        if fine is not None:
             good[list(places)] &= fine
     return good
 
@@ -149,7 +157,12 @@ def readable(tensor: torch.Tensor) -> bool:
 
 def masked(which: torch.Tensor) -> Mask:
     """None if all are true; on GPUs, where that is not looked at, the mask."""
-    return None if readable(which) and bool(which.all()) else which
+    return None if readable(which) and all(which.tolist()) else which
+
+
+def masked_at(which: Mask, places: Sequence[int]) -> Mask:
+    """That of some places of the stack, in rising order."""
+    return None if which is None else masked(at(which, places))
 
 
 def broadcast(each: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:

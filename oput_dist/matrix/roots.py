@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .cores import shared_out
+from .kronecker import Mask
 
 __all__ = ["METHODS", "Checked", "eigenvectors", "inverse_roots", "orthonormal"]
 
@@ -82,8 +83,8 @@ METHODS: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
 
 Stacks = Sequence[torch.Tensor]
 """Each ``[n, d, d]``, of one dtype, on one device."""
-Checked = list[tuple[torch.Tensor, torch.Tensor]]
-"""For each stack what was found, of its shape and dtype, and ``[n]`` bool on its device: which succeeded."""
+Checked = list[tuple[torch.Tensor, Mask]]
+"""For each stack what was found, of its shape and dtype, and which of it succeeded."""
 
 
 def inverse_roots(stacks: Stacks, root: float, ridge: float, method: str) -> Checked:
@@ -134,14 +135,16 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 def _checked(stacks: Stacks, quick: Function, sure: Function) -> Checked:
     """What ``quick`` makes; where that fails, what ``sure`` makes in float64. Waits for the device."""
     usable = [_finite(stack) for stack in stacks]
-    clean = [stack if bool(fine.all()) else _cleaned(stack, fine) for stack, fine in zip(stacks, usable, strict=True)]
+    clean = [stack if fine is None else _cleaned(stack, fine) for stack, fine in zip(stacks, usable, strict=True)]
     made = _shared_out(quick, clean)
     return [_mended(*each, sure) for each in zip(clean, made, usable, strict=True)]
 
 
-def _finite(stacked: torch.Tensor) -> torch.Tensor:
-    quick = torch.isfinite(torch.linalg.vector_norm(stacked, dim=(1, 2)))
-    return quick if bool(quick.all()) else torch.isfinite(stacked).all(2).all(1)  # the norm may be too large by itself
+def _finite(stacked: torch.Tensor) -> Mask:
+    if all(map(math.isfinite, torch.linalg.vector_norm(stacked, dim=(1, 2)).tolist())):
+        return None
+    fine = torch.isfinite(stacked).all(2).all(1)  # the norm may be too large by itself
+    return None if bool(fine.all()) else fine
 
 
 def _cleaned(stacked: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
@@ -150,16 +153,18 @@ def _cleaned(stacked: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
     return torch.where(fine[:, None, None], stacked, identity)
 
 
-def _mended(
-    clean: torch.Tensor, made: torch.Tensor, usable: torch.Tensor, sure: Function
-) -> tuple[torch.Tensor, torch.Tensor]:
-    good = usable & _finite(made)
-    if bool(good.all()):
-        return made, good
-    for i in (usable & ~good).nonzero().flatten().tolist():
+def _mended(clean: torch.Tensor, made: torch.Tensor, usable: Mask, sure: Function) -> tuple[torch.Tensor, Mask]:
+    fine = _finite(made)
+    if usable is None and fine is None:
+        return made, None
+    for i in [] if fine is None else (~fine).nonzero().flatten().tolist():
         made[i] = _slowly(clean[i : i + 1].double(), sure)[0].to(made)
-    good = usable & _finite(made)
-    return torch.where(good[:, None, None], made, torch.zeros_like(made)), good
+    good = _both(usable, _finite(made))
+    return made if good is None else torch.where(good[:, None, None], made, torch.zeros_like(made)), good
+
+
+def _both(one: Mask, other: Mask) -> Mask:
+    return other if one is None else one if other is None else one & other
 
 
 def _shared_out(function: Function, stacks: Stacks) -> list[torch.Tensor]:

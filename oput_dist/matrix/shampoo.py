@@ -22,6 +22,7 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
+    masked_at,
     passes,
     products,
     readable,
@@ -194,7 +195,10 @@ class Precondition(Kronecker):
         self, held: Held, counts: Counts, axes: Mapping[int, list[int]], like: torch.Tensor
     ) -> list[torch.Tensor]:
         """Of each axis those at some places, unbiased."""
-        correction = _correction(self.betas[1], counts.steps.double())
+        if readable(counts.steps):
+            correction = _known_correction(self.betas[1], tuple(counts.steps.tolist()))
+        else:
+            correction = _correction(self.betas[1], counts.steps.double())
         factors = [(places, held.numbers(f"factor_{axis}", like.dtype, places)) for axis, places in axes.items()]
         return [factor / broadcast(at(correction, places), factor) for places, factor in factors]
 
@@ -203,12 +207,11 @@ class Precondition(Kronecker):
 
     def _take(self, held: Held, counts: Counts, axes: Mapping[int, list[int]], found: Checked) -> None:
         """Take roots over. One that failed on any axis leaves the matrix with those that it has."""
-        tried = counts.steps > 0
-        good = succeeded(tried, axes, [fine for _, fine in found])
+        tried = masked(counts.steps > 0)
+        good = succeeded(tried, axes, [fine for _, fine in found], counts.steps)
         for (axis, places), (roots, _) in zip(axes.items(), found, strict=True):
-            held.replace(f"root_{axis}", roots, places, masked(at(good, places)))
-        every = sorted({place for places in axes.values() for place in places})
-        counts.refreshed(every, at(good, every), at(tried, every))
+            held.replace(f"root_{axis}", roots, places, masked_at(good, places))
+        counts.refreshed(axes, good, tried)
 
     def _root(self, order: int) -> float:
         """``p`` of the exponent ``-1/p``."""
@@ -224,6 +227,11 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
 def _known_corrections(work: Precondition, steps: tuple[float, ...]) -> _Corrections:
     """Most matrices have counted the same steps, and to make these takes as long as a pass over one."""
     return work.corrections(torch.tensor(steps, dtype=torch.float64, device="cpu"))
+
+
+@functools.lru_cache(64)
+def _known_correction(beta: float, steps: tuple[float, ...]) -> torch.Tensor:
+    return _correction(beta, torch.tensor(steps, dtype=torch.float64, device="cpu"))
 
 
 def _correction(beta: float, steps: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from .kronecker import (
     due,
     keep_statistics,
     masked,
+    masked_at,
     passes,
     products,
     side,
@@ -34,7 +35,7 @@ from .work import Held, Kept, Turn, at
 
 __all__ = ["AdamInEigenbasis"]
 
-_Found = list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]
+_Found = list[tuple[torch.Tensor, tuple[torch.Tensor, Mask]]]
 """Of some axes the order of the last basis, ``[n, d]``, the next one, and which matrices succeeded."""
 _BASIS_COST = 7.0
 """Operations of a product and a QR decomposition of d x d matrices and of turning an average, over d^3, as slow as the
@@ -162,29 +163,27 @@ class AdamInEigenbasis(Kronecker):
         """Find the first bases along all axes. The averages of these matrices are zeros."""
         axes = self._axes(like.shape[1:])
         factors = [held.numbers(f"factor_{axis}", like.dtype, places) for axis in axes]
-        seen = torch.ones(len(places), dtype=torch.bool, device=like.device)
+        seen = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        seen[places] = True
         for factor in factors:
-            seen &= factor.diagonal(dim1=1, dim2=2).any(1)
+            seen[places] &= factor.diagonal(dim1=1, dim2=2).any(1)
         found = eigenvectors(factors) if factors else []
-        good = seen.clone()
-        for _, fine in found:
-            good &= fine
+        fresh = dict.fromkeys(axes, places)
+        good = succeeded(masked(seen), fresh, [fine for _, fine in found], counts.steps)
         for axis, (basis, _) in zip(axes, found, strict=True):
-            held.replace(f"basis_{axis}", basis, places, masked(good))
-        counts.refreshed(places, good, seen)
+            held.replace(f"basis_{axis}", basis, places, masked_at(good, places))
+        counts.refreshed(fresh or {0: places}, good, seen)
 
     def _turn(self, held: Held, counts: Counts, axes: Axes, found: _Found, like: torch.Tensor) -> None:
         """Turn bases along some axes, each at some places, with the averages. One that fails leaves all as it is."""
-        tried = torch.ones(len(like), dtype=torch.bool, device=like.device)
-        good = succeeded(tried, axes, [fine for _, (_, fine) in found])
+        good = succeeded(None, axes, [fine for _, (_, fine) in found], counts.steps)
         for (axis, places), (order, (basis, _)) in zip(axes.items(), found, strict=True):
-            last, which = held.numbers(f"basis_{axis}", like.dtype, places), masked(at(good, places))
+            last, which = held.numbers(f"basis_{axis}", like.dtype, places), masked_at(good, places)
             turned = along(along(at(held["exp_avg"], places), last, axis), basis.mT, axis)
             held.replace("exp_avg", turned, places, which)
             held.replace("exp_avg_sq", _ordered(at(held["exp_avg_sq"], places), order, axis), places, which)
             held.replace(f"basis_{axis}", basis, places, which)
-        every = sorted({place for places in axes.values() for place in places})
-        counts.refreshed(every, at(good, every), at(tried, every))
+        counts.refreshed(axes, good, None)
 
 
 def _next(bases: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> _Found:
