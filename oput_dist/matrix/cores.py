@@ -16,7 +16,7 @@ __all__ = ["PART", "shared_out", "started", "threads"]
 
 T = TypeVar("T")
 
-PART = 2**17
+PART = 2**18
 """Elements of matrices that a core works on at a time, so that what is read and written over and over stays in its
 caches: a step of Shampoo goes over its matrices some twenty times."""
 _own = local()

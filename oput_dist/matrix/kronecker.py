@@ -11,6 +11,7 @@ from math import prod
 import torch
 
 from .packing import Packing
+from .products import add_symmetric
 from .work import Held, Kept, Turn, Work, at
 
 __all__ = [
@@ -200,7 +201,7 @@ def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, c
     m = gradient.flatten(1, -2).mT if last else gradient.movedim(axis + 1, 1).flatten(2)
     if counting is not None and decay != 1:
         old *= broadcast(_faded(decay, counting) / decay, old)
-    old.baddbmm_(m, m.mT, beta=decay, alpha=1.0 - decay if decay != 1 else 1.0)
+    add_symmetric(old, m, 1.0 - decay if decay != 1 else 1.0, decay)
 
 
 def side(size: int, dtype: torch.dtype, stored: torch.dtype | None, packing: Packing) -> Kept:

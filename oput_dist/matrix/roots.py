@@ -22,10 +22,16 @@ many zeros more at the end of each, which stay zeros, tell them apart."""
 
 def by_eigenvalues(stacked: torch.Tensor, root: float, ridge: float = 0.0) -> torch.Tensor:
     """``(A + ridge I)^(-1/root)`` by an eigendecomposition. Eigenvalues that rounding made negative count as zero."""
-    values, vectors = torch.linalg.eigh(stacked)
+    values, vectors = _eigh(stacked)
     powers = (values.clamp(min=torch.finfo(stacked.dtype).tiny) + ridge).pow(-1.0 / root)
     found: torch.Tensor = (vectors * powers.unsqueeze(-2)) @ vectors.mT
     return found
+
+
+def _eigh(stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, rising, and eigenvectors. Transposed, so that columns, as LAPACK has them, need no slow copy."""
+    values, vectors = torch.linalg.eigh(stacked.mT)
+    return values, vectors
 
 
 def by_newton(stacked: torch.Tensor, root: float, ridge: float = 0.0) -> torch.Tensor:
@@ -113,7 +119,7 @@ def orthonormal(stacks: Stacks) -> Checked:
 
 
 def _eigenvectors(stacked: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.linalg.eigh(stacked)[1].flip(-1)
+    found: torch.Tensor = _eigh(stacked)[1].flip(-1)
     return found
 
 
