@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import oput_dist as oput
-from oput_dist.matrix.cores import shared_out, threads
+from oput_dist.matrix.cores import parts, shared_out, threads
 from tests.test_refresh_delay import BOTH, OPTIONS, apart, parameters, train
 
 
@@ -43,6 +43,24 @@ def test_each_has_a_core_and_what_would_leave_others_idle_has_all(three_threads:
     where.clear()
     assert shared_out([partial(seen, 7, where)], [1.0]) == [7]  # one alone
     assert where == [(7, 3, True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "wanted"),
+    [
+        (24, 256, [4] * 6),  # no more than stay in a cache, and each core as often
+        (20, 256, [3, 3, 4, 3, 3, 4]),
+        (2, 256, [1, 1]),
+        (3, 1024, [1, 1, 1]),
+        (500, 8, [500]),  # too small to share out
+        (12, 128, [4, 4, 4]),
+        (5, 0, [5]),
+    ],
+)
+def test_matrices_are_worked_on_together_by_as_many_as_pay(
+    three_threads: None, count: int, size: int, wanted: list[int]
+) -> None:
+    assert parts(count, size * size) == wanted
 
 
 def test_an_error_comes_through_and_leaves_no_thread_count(three_threads: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from oput_dist.collectives import Matrix, Owners, Ranks
 from oput_dist.collectives.balance import assigned
 from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import LayoutError, within
-from oput_dist.matrix.cores import PART, shared_out
+from oput_dist.matrix.cores import parts, shared_out
 from oput_dist.matrix.work import Held, Kept, Turn, Work
 
 from .owned import Owned, allocate, kept_by, kept_bytes
@@ -111,8 +112,8 @@ class _Family:
         """What is worked on at a time: as much as a core's cache takes, or all on GPUs, where each launch costs."""
         if not self._on_cpu:
             return [alike]
-        size = max(1, PART // prod(self.blocks[alike[0]].shape))
-        return [alike[at : at + size] for at in range(0, len(alike), size)]
+        sizes = parts(len(alike), prod(self.blocks[alike[0]].shape))
+        return [alike[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def _job(
         self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]

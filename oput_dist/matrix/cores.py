@@ -12,13 +12,15 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["PART", "shared_out", "started", "threads"]
+__all__ = ["parts", "shared_out", "started", "threads"]
 
 T = TypeVar("T")
 
-PART = 2**18
-"""Elements of matrices that a core works on at a time, so that what is read and written over and over stays in its
-caches: a step of Shampoo goes over its matrices some twenty times."""
+_PART = 2**18
+"""Elements of matrices that a core works on at a time: with fewer, Python and what torch does for each operation are
+read into its caches anew too often; with more, the matrices are."""
+_LEAST = 2**16
+"""Elements of matrices that are worth a turn of their own."""
 _own = local()
 _UNEVEN = 1.1
 """How much longer than an even share the cores may take, before a piece gets all threads instead of one."""
@@ -46,6 +48,15 @@ def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[
         wait(under_way)  # all, also where one fails: they write to what is kept
         found.update((i, one.result()) for i, one in zip(rest, under_way, strict=True))
     return [found[i] for i in range(len(jobs))]
+
+
+def parts(count: int, elements: int) -> list[int]:
+    """How many of so many matrices of so many elements are worked on at a time: about alike, and as often on each core,
+    unless they are too small to share out."""
+    most, cores = max(1, _PART // max(1, elements)), threads()
+    turns = -(-count // (most * cores))
+    jobs = max(1, min(count, turns * cores, count * elements // _LEAST))
+    return [count * (i + 1) // jobs - count * i // jobs for i in range(jobs)]
 
 
 def threads() -> int:
