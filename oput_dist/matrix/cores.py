@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from oput_dist.kernels.team import let_go
+
 __all__ = ["parts", "shared_out", "started", "threads"]
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[
         alone += 1
     found = {i: _run(jobs[i]) for i in order[:alone]}
     if rest := order[alone:]:
+        let_go()
         under_way = [_workers(given).submit(_run, jobs[i]) for i in rest]
         wait(under_way)  # all, also where one fails: they write to what is kept
         found.update((i, one.result()) for i, one in zip(rest, under_way, strict=True))
