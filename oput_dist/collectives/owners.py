@@ -15,10 +15,13 @@ from .nearness import nearest
 from .ranks import Exchange, Ranks, Traffic
 from .routes import WAVE_BYTES, Share, rows, senders, share_of, waves
 
-__all__ = ["Matrix", "Owners", "Wholes"]
+__all__ = ["Matrix", "Owners", "Wholes", "WorkOn"]
 
 Wholes = dict[int, torch.Tensor]
 """Matrices by their numbers."""
+WorkOn = Callable[[Wholes, bool], Wholes]
+"""Makes, of matrices that this rank owns, others of the same numbers and shapes. Whether those given lie in this rank's
+pieces: then the others may be written there, and be the same tensors."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,14 @@ class Owners:
         """Whether every rank holds all of a matrix, in one piece."""
         return all([shape for shape, _ in rank[i].parts] == [self._matrices[i].shape] for rank in self._held)
 
-    def run(
-        self, pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes], active: Collection[int] | None = None
-    ) -> None:
+    def run(self, pieces: Sequence[torch.Tensor], work: WorkOn, active: Collection[int] | None = None) -> None:
         """Replace every piece by that of what is made of the whole matrix. All ranks must call it.
 
         The next wave's pieces travel while a wave is worked on.
 
         Args:
             pieces: this rank's, flat, of one dtype and device.
-            work: makes, of matrices that this rank owns, others of the same numbers and shapes.
+            work: see :data:`WorkOn`.
             active: the matrices to work on, the same on all ranks; None for all.
         """
         waves = [wave if active is None else [i for i in wave if i in active] for wave in self._waves]
@@ -101,7 +102,7 @@ class Owners:
         leaving: list[_Scatter] = []
         for w, route in enumerate(routes):  # the same number on all ranks
             coming += [_Gather(self, following, pieces) for following in routes[w + 1 : w + 2]]
-            results = work(coming.pop(0).wholes())
+            results = work(coming.pop(0).wholes(), False)
             for last in leaving:
                 last.finish()
             leaving = [_Scatter(self, route, results, pieces)]
@@ -115,15 +116,13 @@ class Owners:
             known = self._routes[w] = (wave, _Route(self, wave))
         return known[1]
 
-    def _run_here(
-        self, waves: Sequence[Sequence[int]], pieces: Sequence[torch.Tensor], work: Callable[[Wholes], Wholes]
-    ) -> None:
+    def _run_here(self, waves: Sequence[Sequence[int]], pieces: Sequence[torch.Tensor], work: WorkOn) -> None:
         """Of matrices that every rank holds whole: each works on its own and tells the others."""
         told = None if self._ranks is None else Gathering(self._ranks.groups[0])
         for wave in waves:
             own = sorted(i for i in wave if self.owners[i] == self.rank)
             given = {i: self._local(pieces, i) for i in own}
-            for i, result in work(dict(given)).items():
+            for i, result in work(dict(given), True).items():
                 if result is not given[i] or not self._is_view(i):  # else it was written in place
                     self.write(pieces, i, self._cut(result, self.rank, i))
             if told is not None:

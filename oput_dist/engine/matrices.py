@@ -73,9 +73,9 @@ class _Family:
     def run(self, memory: Mapping[int, torch.Tensor], state: State, steps: Mapping[int, int]) -> None:
         """See :meth:`Matrices.run`."""
 
-        def work(wholes: Wholes) -> Wholes:
+        def work(wholes: Wholes, here: bool) -> Wholes:
             groups = [numbers for alike in self._alike(wholes) for numbers in self._parts(alike)]
-            every = [self._job(numbers, wholes, state, steps) for numbers in groups]
+            every = [self._job(numbers, wholes, here, state, steps) for numbers in groups]
             jobs = [job for job, _ in every]
             made = shared_out(jobs, [cost for _, cost in every]) if self._on_cpu else [job() for job in jobs]
             return {
@@ -116,12 +116,13 @@ class _Family:
         return [alike[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def _job(
-        self, numbers: Sequence[int], wholes: Wholes, state: State, steps: Mapping[int, int]
+        self, numbers: Sequence[int], wholes: Wholes, here: bool, state: State, steps: Mapping[int, int]
     ) -> tuple[Callable[[], Sequence[torch.Tensor]], float]:
         """What makes the results of some matrices that are worked on together, and its cost."""
         block = self.blocks[numbers[0]]
         turn = Turn(steps[block.slot.group], tuple(self.blocks[i].phases for i in numbers))
-        job = partial(_worked_on, block.work, [wholes.pop(i) for i in numbers], self._held(tuple(numbers), state), turn)
+        held = self._held(tuple(numbers), state)
+        job = partial(_worked_on, block.work, [wholes.pop(i) for i in numbers], here, held, turn)
         return job, block.work.load(block.shape, turn)
 
     def _held(self, numbers: tuple[int, ...], state: State) -> Held:
@@ -151,20 +152,15 @@ def _kept(work: Work, shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str
     return work.kept(shape, dtype)
 
 
-def _worked_on(work: Work, wholes: list[torch.Tensor], held: Held, turn: Turn) -> Sequence[torch.Tensor]:
-    """What is made of some matrices. Where each is a part of other memory it is written there, beside other work."""
+def _worked_on(work: Work, wholes: list[torch.Tensor], here: bool, held: Held, turn: Turn) -> Sequence[torch.Tensor]:
+    """What is made of some matrices: where they lie here it is written there, beside other work."""
     alone = len(wholes) == 1
     stacked = wholes[0].contiguous().unsqueeze(0) if alone else torch.stack(wholes)
-    apart = list(wholes) if stacked.data_ptr() != wholes[0].data_ptr() and all(map(_is_part, wholes)) else None
+    apart = list(wholes) if here and stacked.data_ptr() != wholes[0].data_ptr() else None
     wholes.clear()
     made = work(stacked, held, turn)
     held.finish()
     return made.unbind() if apart is None else [place.copy_(one) for place, one in zip(apart, made, strict=True)]
-
-
-def _is_part(tensor: torch.Tensor) -> bool:
-    """Whether its memory is larger than it."""
-    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 @dataclass(frozen=True, eq=False)
