@@ -18,7 +18,7 @@ from oput_dist.collectives.balance import assigned
 from oput_dist.collectives.owners import Wholes
 from oput_dist.layout import LayoutError, within
 from oput_dist.matrix.cores import parts, shared_out
-from oput_dist.matrix.work import Held, Kept, Turn, Work
+from oput_dist.matrix.work import Held, Kept, Turn, Work, as_stack
 
 from .owned import Owned, allocate, kept_by, kept_bytes
 from .plan import Plan
@@ -154,13 +154,13 @@ def _kept(work: Work, shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str
 
 def _worked_on(work: Work, wholes: list[torch.Tensor], here: bool, held: Held, turn: Turn) -> Sequence[torch.Tensor]:
     """What is made of some matrices: where they lie here it is written there, beside other work."""
-    alone = len(wholes) == 1
-    stacked = wholes[0].contiguous().unsqueeze(0) if alone else torch.stack(wholes)
-    apart = list(wholes) if here and stacked.data_ptr() != wholes[0].data_ptr() else None
+    given = as_stack(wholes)
+    places = list(wholes) if here and given is None else None
+    stacked = torch.stack(wholes) if given is None else given
     wholes.clear()
     made = work(stacked, held, turn)
     held.finish()
-    return made.unbind() if apart is None else [place.copy_(one) for place, one in zip(apart, made, strict=True)]
+    return made.unbind() if places is None else [place.copy_(one) for place, one in zip(places, made, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -260,15 +260,17 @@ class Step:
 
         Of slots that all ranks know to take part; what is here alone needs a gradient, as in any other step.
         """
-        return {
-            slot.index: (
-                (torch.empty if slot in written else torch.zeros)(
-                    slot.numel, dtype=compute_dtype(slot.dtype), device=slot.device
-                ),
-            )
-            for slot in self._plan.slots
-            if self.recipe_of(slot).whole is not None and updated(slot) and takes_part(slot, self.recipe_of(slot))
-        }
+        alike: dict[tuple[torch.dtype, torch.device], list[Slot]] = {}
+        for slot in self._plan.slots:
+            if self.recipe_of(slot).whole is not None and updated(slot) and takes_part(slot, self.recipe_of(slot)):
+                alike.setdefault((compute_dtype(slot.dtype), slot.device), []).append(slot)
+        found: dict[int, tuple[torch.Tensor]] = {}
+        for (dtype, device), slots in alike.items():
+            sizes = [slot.numel for slot in slots]
+            every = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)  # type: ignore[no-untyped-call]
+            for slot, memory in zip(slots, every, strict=True):
+                found[slot.index] = (memory if slot in written else memory.zero_(),)
+        return found
 
     def _run_stages(
         self, buckets: Sequence[Bucket], matrices: Matrices | None, scratch: dict[int, tuple[torch.Tensor]]

@@ -11,7 +11,7 @@ import torch
 
 from .packing import Packing
 
-__all__ = ["Held", "Kept", "Turn", "Work", "at"]
+__all__ = ["Held", "Kept", "Turn", "Work", "as_stack", "at"]
 
 Shape = Sequence[int]
 
@@ -81,7 +81,7 @@ class Held:
         self._kept, self._memory = kept, memory
         self._stacked: dict[str, torch.Tensor] = {}
         self.begun: dict[int, object] = {}
-        self._copied = {name for name, parts in memory.items() if not _adjacent(parts)}
+        self._views = {name: as_stack(parts) for name, parts in memory.items()}
 
     @property
     def names(self) -> list[str]:
@@ -90,12 +90,8 @@ class Held:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._stacked:
-            parts, kept = self._memory[name], self._kept[name]
-            if name not in self._copied:
-                first, size = parts[0], parts[0].numel()
-                stacked = first.as_strided((len(parts), size), (size, 1), first.storage_offset())
-            else:
-                stacked = torch.stack(list(parts))
+            parts, kept, view = self._memory[name], self._kept[name], self._views[name]
+            stacked = torch.stack(list(parts)) if view is None else view
             self._stacked[name] = stacked if kept.packing is not None else stacked.view(len(parts), *kept.shape)
         return self._stacked[name]
 
@@ -126,12 +122,13 @@ class Held:
     @property
     def in_place(self) -> bool:
         """Whether all of it are views, so that it can serve again while the memory stays."""
-        return not self._copied
+        return None not in self._views.values()
 
     def finish(self) -> None:
         """Write back what is not a view."""
-        for name in self._copied & self._stacked.keys():
-            torch._foreach_copy_(list(self._memory[name]), list(self._stacked[name].flatten(1).unbind()))
+        for name, stacked in self._stacked.items():
+            if self._views[name] is None:
+                torch._foreach_copy_(list(self._memory[name]), list(stacked.flatten(1).unbind()))
 
 
 def at(stacked: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
@@ -140,14 +137,15 @@ def at(stacked: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
     return stacked[first : last + 1] if last - first + 1 == len(places) else stacked[list(places)]
 
 
-def _adjacent(parts: Sequence[torch.Tensor]) -> bool:
-    """Whether flat tensors of one size follow each other in one storage."""
-    start, size = parts[0].data_ptr(), parts[0].numel() * parts[0].element_size()
-    storage = parts[0].untyped_storage().data_ptr()
-    return all(
-        part.data_ptr() == start + i * size and part.untyped_storage().data_ptr() == storage
-        for i, part in enumerate(parts)
-    )
+def as_stack(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """``[n, *shape]`` as a view of dense tensors that follow each other in one storage; None if they do not."""
+    first = parts[0]
+    start, size, storage = first.data_ptr(), first.numel() * first.element_size(), first.untyped_storage().data_ptr()
+    for i, part in enumerate(parts):
+        there = part.data_ptr() == start + i * size and part.untyped_storage().data_ptr() == storage
+        if not (there and part.is_contiguous()):
+            return None
+    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
 
 
 class Work(ABC):
