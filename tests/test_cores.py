@@ -46,21 +46,25 @@ def test_each_has_a_core_and_what_would_leave_others_idle_has_all(three_threads:
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "wanted"),
+    ("costs", "size", "wanted"),
     [
-        (24, 256, [4] * 6),  # no more than stay in a cache, and each core as often
-        (20, 256, [3, 3, 4, 3, 3, 4]),
-        (2, 256, [1, 1]),
-        (3, 1024, [1, 1, 1]),
-        (500, 8, [500]),  # too small to share out
-        (12, 128, [4, 4, 4]),
-        (5, 0, [5]),
+        ([1] * 24, 256, [4] * 6),  # no more than stay in a cache, and each core as often
+        ([1] * 20, 256, [3, 4, 3, 3, 4, 3]),
+        ([3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 3], 256, [4, 6, 2]),  # as long, not as many
+        ([1, 1], 256, [1, 1]),
+        ([9, 1, 1], 1024, [1, 2]),
+        ([1] * 500, 8, [500]),  # too small to share out
+        ([1] * 12, 128, [4, 4, 4]),
+        ([1] * 5, 0, [5]),
+        ([0] * 3, 256, [3]),
     ],
 )
 def test_matrices_are_worked_on_together_by_as_many_as_pay(
-    three_threads: None, count: int, size: int, wanted: list[int]
+    three_threads: None, costs: list[float], size: int, wanted: list[int]
 ) -> None:
-    assert parts(count, size * size) == wanted
+    made = parts(costs, size * size)
+    assert [place for part in made for place in range(len(costs))[part]] == list(range(len(costs)))
+    assert [len(costs[part]) for part in made] == wanted
 
 
 def test_an_error_comes_through_and_leaves_no_thread_count(three_threads: None) -> None:

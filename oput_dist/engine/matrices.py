@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -58,7 +57,8 @@ class _Family:
         self.owned: dict[int, Owned] = {}
         self._on_cpu = slots[0].device.type == "cpu"
         self._together: set[int] = set()
-        self._stacks: dict[tuple[int, ...], _Stacked] = {}
+        self._memory: dict[int, list[torch.Tensor | None]] = {}
+        self._stacks: dict[tuple[int, ...], Held] = {}
         self._kinds: dict[int, object] = {}  # equal for slots whose blocks are all worked on together
         mine: dict[Slot, list[_Block]] = {block.slot: [] for block in blocks}
         for block, owner in zip(blocks, owners.owners, strict=True):
@@ -74,17 +74,18 @@ class _Family:
         """See :meth:`Matrices.run`."""
 
         def work(wholes: Wholes, here: bool) -> Wholes:
-            groups = [numbers for alike in self._alike(wholes) for numbers in self._parts(alike)]
-            every = [self._job(numbers, wholes, here, state, steps) for numbers in groups]
-            jobs = [job for job, _ in every]
-            made = shared_out(jobs, [cost for _, cost in every]) if self._on_cpu else [job() for job in jobs]
+            parts = [part for alike in self._alike(wholes) for part in self._parts(alike, steps)]
+            jobs = [self._job(numbers, wholes, here, state, steps) for numbers, _ in parts]
+            made = shared_out(jobs, [cost for _, cost in parts]) if self._on_cpu else [job() for job in jobs]
             return {
                 i: whole
-                for numbers, results in zip(groups, made, strict=True)
+                for (numbers, _), results in zip(parts, made, strict=True)
                 for i, whole in zip(numbers, results, strict=True)
             }
 
-        self.create([slot for slot in self.slots if slot.index in memory], state)
+        stepping = [slot for slot in self.slots if slot.index in memory]
+        self.create(stepping, state)
+        self._look_where_state_is(stepping, state)
         active = {i for i, block in enumerate(self.blocks) if block.slot.index in memory}
         pieces = [memory.get(slot.index, slot.piece) for slot in self.slots]
         self._owners.run(pieces, work, active if len(active) < len(self.blocks) else None)
@@ -108,42 +109,52 @@ class _Family:
             alike.setdefault((block.shape, block.work, block.slot.group), []).append(i)
         return list(alike.values())
 
-    def _parts(self, alike: Sequence[int]) -> list[Sequence[int]]:
-        """What is worked on at a time: as much as a core's cache takes, or all on GPUs, where each launch costs."""
+    def _parts(self, alike: Sequence[int], steps: Mapping[int, int]) -> list[tuple[Sequence[int], float]]:
+        """What is worked on at a time, with its cost: as much as a core's cache takes, or all on GPUs, where each
+        launch costs."""
         if not self._on_cpu:
-            return [alike]
-        sizes = parts(len(alike), prod(self.blocks[alike[0]].shape))
-        return [alike[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+            return [(alike, 0.0)]
+        blocks = [self.blocks[i] for i in alike]
+        work, shape, step = blocks[0].work, blocks[0].shape, steps[blocks[0].slot.group]
+        known = {phases: work.load(shape, Turn(step, (phases,))) for phases in {block.phases for block in blocks}}
+        costs = [known[block.phases] for block in blocks]
+        return [(alike[part], sum(costs[part])) for part in parts(costs, prod(shape))]
 
     def _job(
         self, numbers: Sequence[int], wholes: Wholes, here: bool, state: State, steps: Mapping[int, int]
-    ) -> tuple[Callable[[], Sequence[torch.Tensor]], float]:
-        """What makes the results of some matrices that are worked on together, and its cost."""
+    ) -> Callable[[], Sequence[torch.Tensor]]:
+        """What makes the results of some matrices that are worked on together."""
         block = self.blocks[numbers[0]]
         turn = Turn(steps[block.slot.group], tuple(self.blocks[i].phases for i in numbers))
         held = self._held(tuple(numbers), state)
-        job = partial(_worked_on, block.work, [wholes.pop(i) for i in numbers], here, held, turn)
-        return job, block.work.load(block.shape, turn)
+        return partial(_worked_on, block.work, [wholes.pop(i) for i in numbers], here, held, turn)
+
+    def _look_where_state_is(self, slots: Sequence[Slot], state: State) -> None:
+        """Forget the stacks, or what they are views of would stay too, if state of some slots is no longer there."""
+        for slot in slots:
+            owned = self.owned.get(slot.index)
+            if owned is not None and owned.owns:
+                memory = [owned.memory(state[slot.parameter], name) for name in owned.names]
+                last = self._memory.get(slot.index, ())
+                if len(last) != len(memory) or any(a is not b for a, b in zip(last, memory, strict=True)):
+                    self._stacks.clear()
+                    self._memory[slot.index] = memory
 
     def _held(self, numbers: tuple[int, ...], state: State) -> Held:
-        """The state of some blocks that are worked on together: that of the last step, if it is where it was."""
+        """The state of some blocks that are worked on together: that of an earlier step, where it serves again."""
+        if numbers in self._stacks:
+            return self._stacks[numbers]
         blocks = [self.blocks[i] for i in numbers]
         work, shape = blocks[0].work, blocks[0].shape
         kept = _kept(work, shape, compute_dtype(blocks[0].slot.dtype))
         if not kept:
             return Held({}, {})
-        slots = list(dict.fromkeys(block.slot for block in blocks))
-        memory = [self.owned[slot.index].memory(state[slot.parameter], name) for slot in slots for name in kept]
-        last = self._stacks.get(numbers)
-        if last is not None and all(a is b for a, b in zip(last.memory, memory, strict=True)):
-            return last.held
+        slots = dict.fromkeys(block.slot for block in blocks)
         views = {slot: self.owned[slot.index].views(state[slot.parameter]) for slot in slots}
         parts = {name: [views[block.slot][block.of_slot][name] for block in blocks] for name in kept}
         held = Held(kept, parts)
-        if last is not None:
-            self._stacks.clear()  # or what others are views of would stay, too
         if held.in_place:
-            self._stacks[numbers] = _Stacked(memory, held)
+            self._stacks[numbers] = held
         return held
 
 
@@ -161,14 +172,6 @@ def _worked_on(work: Work, wholes: list[torch.Tensor], here: bool, held: Held, t
     made = work(stacked, held, turn)
     held.finish()
     return made.unbind() if places is None else [place.copy_(one) for place, one in zip(places, made, strict=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Stacked:
-    """The state of some blocks, and the memory that it is a view of."""
-
-    memory: Sequence[torch.Tensor | None]
-    held: Held
 
 
 class Matrices:

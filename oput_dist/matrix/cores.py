@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import heapq
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import accumulate, pairwise
 from threading import Barrier, local
 from typing import TypeVar
 
@@ -53,13 +55,21 @@ def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[
     return [found[i] for i in range(len(jobs))]
 
 
-def parts(count: int, elements: int) -> list[int]:
-    """How many of so many matrices of so many elements are worked on at a time: about alike, and as often on each core,
-    unless they are too small to share out."""
-    most, cores = max(1, _PART // max(1, elements)), threads()
+def parts(costs: Sequence[float], elements: int) -> list[slice]:
+    """Which of some matrices of so many elements each are worked on at a time: for about as long, and as often on each
+    core, unless they are too small to share out."""
+    most, cores, count = max(1, _PART // max(1, elements)), threads(), len(costs)
     turns = -(-count // (most * cores))
     jobs = max(1, min(count, turns * cores, count * elements // _LEAST))
-    return [count * (i + 1) // jobs - count * i // jobs for i in range(jobs)]
+    until = [0.0, *accumulate(costs)]
+    edges = sorted({_nearest(until, until[-1] * job / jobs) for job in range(jobs)} | {count})
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
+def _nearest(rising: Sequence[float], wanted: float) -> int:
+    """The place of the number that is nearest."""
+    after = min(bisect_left(rising, wanted), len(rising) - 1)
+    return after - (after > 0 and wanted - rising[after - 1] < rising[after] - wanted)
 
 
 def threads() -> int:
