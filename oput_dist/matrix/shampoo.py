@@ -39,7 +39,7 @@ from .work import Held, Kept, Turn, at
 __all__ = ["GRAFTS", "Precondition"]
 
 GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
-_ROOT_COST = 25.0
+_ROOT_COST = 35.0
 """Operations of an eigendecomposition of a d x d matrix, over d^3: it is slower than a product of as many."""
 
 
