@@ -49,10 +49,7 @@ extern "C" void mirror_double(double* stack, int64_t count, int64_t size) {{ mir
 def can_mirror(stacked: torch.Tensor) -> bool:
     """Whether :func:`mirror` takes ``[n, d, d]``."""
     return (
-        stacked.device.type == "cpu"
-        and stacked.dtype in _NAMES
-        and stacked.is_contiguous()
-        and _library() is not None
+        stacked.device.type == "cpu" and stacked.dtype in _NAMES and stacked.is_contiguous() and _library() is not None
     )
 
 
