@@ -167,7 +167,7 @@ def _worked_on(work: Work, wholes: list[torch.Tensor], here: bool, held: Held, t
     """What is made of some matrices: where they lie here it is written there, beside other work."""
     given = as_stack(wholes)
     places = list(wholes) if here and given is None else None
-    stacked = torch.stack(wholes) if given is None else given
+    stacked = torch.stack(wholes).contiguous() if given is None else given
     wholes.clear()
     made = work(stacked, held, turn)
     held.finish()
