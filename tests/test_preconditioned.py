@@ -86,7 +86,8 @@ def test_inverse_roots(method: str, root: float) -> None:
 def test_a_singular_matrix_has_a_root_and_one_that_is_not_finite_has_none(method: str) -> None:
     a = torch.stack([torch.zeros(4, 4), torch.ones(4, 4), torch.full((4, 4), torch.nan), torch.eye(4)])
     ((found, good),) = roots.inverse_roots([a], 4.0, 1e-6, method)
-    assert good is not None and good.tolist() == [True, True, False, True]
+    assert good is not None
+    assert good.tolist() == [True, True, False, True]
     assert bool(torch.isfinite(found).all())
     assert (found[3] - torch.eye(4)).abs().max() < 1e-5
 
