@@ -6,6 +6,7 @@ compilers make vectors of the loops around. Every operation is that of torch, ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from .language import Rule, in_language
 
-__all__ = ["OPENMP", "PRELUDE", "CppLanguage", "NotInCpp", "Symbol", "Trace", "as_cpp", "build"]
+__all__ = ["OPENMP", "PRELUDE", "CppLanguage", "NotInCpp", "Symbol", "Trace", "as_cpp", "build", "built"]
 
 PRELUDE = """
 #include <cmath>
@@ -103,6 +104,15 @@ def build(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
     return CppCodeCache.load(source, "cpu", extra_flags=FLAGS)
+
+
+@functools.cache
+def built(source: str) -> Any | None:
+    """What :func:`build` gives; None where that cannot be built, so that something slower must do."""
+    try:
+        return build(source)
+    except Exception:  # whatever torch's parts raise
+        return None
 
 
 _TYPES = {torch.float32: "F", torch.int32: "I", torch.bool: "B"}

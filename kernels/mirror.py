@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from typing import Any
 
 import torch
 
-from .cpp import OPENMP, build
+from .cpp import OPENMP, built
 
 __all__ = ["can_mirror", "mirror"]
 
@@ -49,21 +47,15 @@ extern "C" void mirror_double(double* stack, int64_t count, int64_t size) {{ mir
 def can_mirror(stacked: torch.Tensor) -> bool:
     """Whether :func:`mirror` takes ``[n, d, d]``."""
     return (
-        stacked.device.type == "cpu" and stacked.dtype in _NAMES and stacked.is_contiguous() and _library() is not None
+        stacked.device.type == "cpu"
+        and stacked.dtype in _NAMES
+        and stacked.is_contiguous()
+        and built(_SOURCE) is not None
     )
 
 
 def mirror(stacked: torch.Tensor) -> None:
     """Make each of ``[n, d, d]`` symmetric, by what is below its diagonal."""
-    run = getattr(_library(), _NAMES[stacked.dtype])
+    run = getattr(built(_SOURCE), _NAMES[stacked.dtype])
     n, size, _ = stacked.shape
     run(ctypes.c_void_p(stacked.data_ptr()), ctypes.c_int64(n), ctypes.c_int64(size))
-
-
-@functools.cache
-def _library() -> Any:
-    """None where it cannot be built."""
-    try:
-        return build(_SOURCE)
-    except Exception:  # whatever torch's parts raise: products at full work remain
-        return None

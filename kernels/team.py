@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import os
 
-from .cpp import build
+from .cpp import built
 
 __all__ = ["let_go"]
 
@@ -19,19 +18,14 @@ extern "C" void let_go() {
 #endif
 }
 """
+_PROCESS = os.getpid()
 
 
 def let_go() -> None:
-    """End them, so that other threads have the cores: the next loop starts new ones, in some 50 microseconds."""
-    library = _library()
+    """End them, so that other threads have the cores: the next loop starts new ones, in some 50 microseconds.
+
+    Nothing in a forked process: OpenMP would wait for its parent's threads there, for ever. Nor without a compiler.
+    """
+    library = built(_SOURCE) if os.getpid() == _PROCESS else None
     if library is not None:
         library.let_go()
-
-
-@functools.cache
-def _library() -> Any:
-    """None where it cannot be built."""
-    try:
-        return build(_SOURCE)
-    except Exception:  # whatever torch's parts raise: they wait as they do
-        return None

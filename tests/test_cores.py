@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -139,3 +141,29 @@ def test_steps_are_those_of_one_thread(make: Any) -> None:
         finally:
             torch.set_num_threads(before)
     assert apart(*found) < 1e-12
+
+
+def test_threads_of_openmp_are_let_go_but_not_those_of_a_parent() -> None:
+    """A forked process would wait for ever for the threads that its parent had."""
+    script = (
+        "import os, signal, time, torch\n"
+        "from oput_dist.kernels.team import let_go\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.ones(1 << 21)\n"
+        "let_go()\n"
+        "before = count()\n"
+        "x.mul_(1.0)\n"
+        "assert count() == before + 1\n"
+        "let_go()\n"
+        "time.sleep(0.2)\n"
+        "assert count() == before\n"
+        "x.mul_(1.0)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(20)\n"
+        "    let_go()\n"
+        "    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

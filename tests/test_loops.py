@@ -270,7 +270,7 @@ def test_which_rules_have_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             left.add(stage.rule.__name__)
         return None
 
-    monkeypatch.setattr("oput_dist.backends.loops.build", lambda source: object())
+    monkeypatch.setattr("oput_dist.backends.loops.built", lambda source: object())
     monkeypatch.setattr("oput_dist.backends.torchlike.loop_of", noted)
     monkeypatch.setattr("oput_dist.backends.torchlike.Compile.prepare", lambda self, body, stage: body)
     monkeypatch.setattr(backend("compile"), "_loops", {})

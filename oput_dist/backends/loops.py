@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oput_dist.kernels.codes import Format
-from oput_dist.kernels.cpp import CppLanguage, NotInCpp, Symbol, Trace, build
+from oput_dist.kernels.cpp import CppLanguage, NotInCpp, Symbol, Trace, built
 from oput_dist.kernels.loops import Column, loop_source, run_loop
 from oput_dist.kernels.stage import Prologue, Stage
 
@@ -81,10 +81,8 @@ def loop_of(
         source = _source(stage, prologue, kind, scaled, factors, kept)
     except (NotInCpp, TypeError):
         return None
-    try:
-        return Loop(build(source), len(stage.sums))
-    except Exception:  # whatever torch's parts raise: they will again, and say it, when torch.compile is asked
-        return None
+    library = built(source)  # what it raised, torch.compile will raise again and say when it is asked
+    return None if library is None else Loop(library, len(stage.sums))
 
 
 def _source(stage: Stage, prologue: Prologue, kind: type, scaled: bool, factors: int, kept: Sequence[Kept]) -> str:
