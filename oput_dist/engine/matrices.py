@@ -74,12 +74,12 @@ class _Family:
         """See :meth:`Matrices.run`."""
 
         def work(wholes: Wholes, here: bool) -> Wholes:
-            parts = [part for alike in self._alike(wholes) for part in self._parts(alike, steps)]
-            jobs = [self._job(numbers, wholes, here, state, steps) for numbers, _ in parts]
-            made = shared_out(jobs, [cost for _, cost in parts]) if self._on_cpu else [job() for job in jobs]
+            every = [part for alike in self._alike(wholes) for part in self._parts(alike, steps)]
+            jobs = [self._job(numbers, wholes, here, state, steps) for numbers, _ in every]
+            made = shared_out(jobs, [cost for _, cost in every]) if self._on_cpu else [job() for job in jobs]
             return {
                 i: whole
-                for (numbers, _), results in zip(parts, made, strict=True)
+                for (numbers, _), results in zip(every, made, strict=True)
                 for i, whole in zip(numbers, results, strict=True)
             }
 

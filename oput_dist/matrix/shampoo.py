@@ -36,9 +36,8 @@ from .rootmean import Scales, scaled_with_norms
 from .roots import Checked, inverse_roots
 from .work import Held, Kept, Turn, at
 
-__all__ = ["GRAFTS", "Precondition"]
+__all__ = ["Precondition"]
 
-GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 _ROOT_COST = 35.0
 """Operations of an eigendecomposition of a d x d matrix, over d^3: it is slower than a product of as many."""
 
@@ -52,6 +51,8 @@ class _Corrections(NamedTuple):
     """Of the grafted optimizer's division, where it has one."""
     least: torch.Tensor
     """What is added to the norm that is divided by."""
+    statistics: torch.Tensor
+    """What they are divided by."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Precondition(Kronecker):
         squares = _correction(self.graft_beta if self.graft == "adam" else 1.0, steps).sqrt()
         decay = 1.0 if self.graft == "adagrad" else self.graft_beta
         graft = Scales(decay, self.graft_eps * squares, filtered * squares, counting)
-        return _Corrections(filtered, graft, 1e-16 / filtered)
+        return _Corrections(filtered, graft, 1e-16 / filtered, _correction(self.betas[1], steps))
 
     def _step(self, gradient: torch.Tensor, held: Held, made: _Corrections, counting: Mask, ready: Mask) -> None:
         """Replace gradients by updates, which are those of the grafted optimizer where there are no roots yet."""
@@ -195,10 +196,7 @@ class Precondition(Kronecker):
         self, held: Held, counts: Counts, axes: Mapping[int, list[int]], like: torch.Tensor
     ) -> list[torch.Tensor]:
         """Of each axis those at some places, unbiased."""
-        if readable(counts.steps):
-            correction = _known_correction(self.betas[1], tuple(counts.steps.tolist()))
-        else:
-            correction = _correction(self.betas[1], counts.steps.double())
+        correction = self._corrections(counts, None).statistics
         factors = [(places, held.numbers(f"factor_{axis}", like.dtype, places)) for axis, places in axes.items()]
         return [factor / broadcast(at(correction, places), factor) for places, factor in factors]
 
@@ -227,11 +225,6 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
 def _known_corrections(work: Precondition, steps: tuple[float, ...]) -> _Corrections:
     """Most matrices have counted the same steps, and to make these takes as long as a pass over one."""
     return work.corrections(torch.tensor(steps, dtype=torch.float64, device="cpu"))
-
-
-@functools.lru_cache(64)
-def _known_correction(beta: float, steps: tuple[float, ...]) -> torch.Tensor:
-    return _correction(beta, torch.tensor(steps, dtype=torch.float64, device="cpu"))
 
 
 def _correction(beta: float, steps: torch.Tensor) -> torch.Tensor:
