@@ -1,15 +1,18 @@
-"""The threads that OpenMP keeps for the next loop of this thread, which wait for it busily for some milliseconds."""
+"""The threads of OpenMP that the loops of this thread use."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["let_go"]
+__all__ = ["let_go", "no_others"]
+
+_Asked = Callable[[int], int]
 
 _SOFT = 1
 """What OpenMP calls ``omp_pause_soft``: nothing but threads goes."""
@@ -17,19 +20,40 @@ _PROCESS = os.getpid()
 
 
 def let_go() -> None:
-    """End them, so that other threads have the cores: the next loop starts new ones, in some 50 microseconds.
+    """End those that wait for the next loop, which they do busily for some milliseconds, so that others have the cores:
+    it starts new ones, in some 50 microseconds.
 
     Nothing in a forked process: OpenMP would wait for its parent's threads there, for ever.
     """
-    pause = _pause() if os.getpid() == _PROCESS else None
+    pause = _torchs("omp_pause_resource_all") if os.getpid() == _PROCESS else None
     if pause is not None:
         pause(_SOFT)
 
 
-@functools.cache
-def _pause() -> Callable[[int], int] | None:
-    """That of the OpenMP that torch uses, and what is built here with it; None if it uses none."""
+@contextmanager
+def no_others() -> Iterator[None]:
+    """Within it this thread's loops use none but itself.
+
+    ``torch.set_num_threads`` would also set the number of every thread that begins meanwhile, as one that saves a
+    checkpoint, and that stays. It serves where torch's libraries do not say how to set this thread's alone.
+    """
+    given, loops, mkl = torch.get_num_threads(), _torchs("omp_set_num_threads"), _torchs("MKL_Set_Num_Threads_Local")
+    before = mkl(1) if mkl is not None else 0
+    ask = loops or torch.set_num_threads
+    ask(1)
     try:
-        return ctypes.CDLL(torch._C.__file__).omp_pause_resource_all
+        yield
+    finally:
+        ask(given)
+        if mkl is not None:
+            mkl(before)
+
+
+@functools.cache
+def _torchs(name: str) -> _Asked | None:
+    """A function of the OpenMP or MKL that torch uses, and what is built here with it; None if it uses none."""
+    try:
+        found: _Asked = getattr(ctypes.CDLL(torch._C.__file__), name)
     except (OSError, AttributeError):
         return None
+    return found

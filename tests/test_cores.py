@@ -29,22 +29,22 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def seen(number: int, where: list[tuple[int, int, bool]]) -> int:
-    where.append((number, torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+def seen(number: int, where: list[tuple[int, int]]) -> int:
+    where.append((number, torch.get_num_threads()))
     assert threads() == 3
     assert not torch.is_grad_enabled()
     return number
 
 
 def test_each_has_a_core_and_what_would_leave_others_idle_has_all(three_threads: None) -> None:
-    where: list[tuple[int, int, bool]] = []
+    where: list[tuple[int, int]] = []
     costs = [1.0, 1.0, 40.0, 1.0, 2.0, 1.0]
     assert shared_out([partial(seen, i, where) for i in range(6)], costs) == list(range(6))
-    assert where[0] == (2, 3, True)
-    assert sorted(where[1:]) == [(i, 1, False) for i in (0, 1, 3, 4, 5)]
+    assert where[0] == (2, 3)
+    assert sorted(where[1:]) == [(i, 1) for i in (0, 1, 3, 4, 5)]
     where.clear()
     assert shared_out([partial(seen, 7, where)], [1.0]) == [7]  # one alone
-    assert where == [(7, 3, True)]
+    assert where == [(7, 3)]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,7 @@ def who() -> set[int]:
 def test_threads_stay_and_follow_torchs_number(three_threads: None) -> None:
     first = who()
     assert len(first) == 3
+    assert threading.get_ident() in first  # or it would only wait, and Linux let two others run on one core
     assert who() == first
     torch.set_num_threads(4)
     seen: list[tuple[int, int, bool]] = []
@@ -114,6 +115,40 @@ def test_a_forked_process_has_threads_of_its_own(three_threads: None) -> None:
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_threads_that_begin_meanwhile_have_torchs_number(three_threads: None) -> None:
+    """As one that saves a checkpoint: it would keep the number."""
+    numbers: list[int] = []
+
+    def begin() -> None:
+        other = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+    shared_out([begin] * 3, [1.0] * 3)
+    assert numbers == [3] * 3
+
+
+def test_mkl_has_one_thread_in_a_job_too(three_threads: None) -> None:
+    """It counts its threads itself once torch.set_num_threads was called."""
+    x = torch.ones(512, 512)
+
+    def used() -> float:
+        before, started = time.thread_time(), time.process_time()
+        for _ in range(20):
+            x @ x
+        return (time.process_time() - started) / (time.thread_time() - before)
+
+    def alone() -> float:
+        begun.wait(20)
+        share = used() if threading.current_thread() is threading.main_thread() else 1.0
+        done.wait(20)
+        return share
+
+    begun, done = threading.Barrier(3), threading.Barrier(3)
+    assert used() > 1.5
+    assert max(shared_out([alone] * 3, [1.0] * 3)) < 1.2
 
 
 def test_an_error_waits_for_what_else_is_under_way(three_threads: None) -> None:

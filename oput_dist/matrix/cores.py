@@ -6,15 +6,17 @@ import functools
 import heapq
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from threading import Barrier, local
 from typing import TypeVar
 
 import torch
 
-from oput_dist.kernels.team import let_go
+from oput_dist.kernels.team import let_go, no_others
 
 __all__ = ["parts", "shared_out", "started", "threads"]
 
@@ -47,11 +49,8 @@ def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[
     while alone < len(jobs) and _uneven([costs[i] for i in order[alone:]], given):
         alone += 1
     found = {i: _run(jobs[i]) for i in order[:alone]}
-    if rest := order[alone:]:
-        let_go()
-        under_way = [_workers(given).submit(_run, jobs[i]) for i in rest]
-        wait(under_way)  # all, also where one fails: they write to what is kept
-        found.update((i, one.result()) for i, one in zip(rest, under_way, strict=True))
+    if rest := deque(order[alone:]):
+        _together(lambda: _until_empty(rest, jobs, found), min(given, len(rest)), given)
     return [found[i] for i in range(len(jobs))]
 
 
@@ -93,12 +92,48 @@ def started(size: int) -> ThreadPoolExecutor:
 
 @functools.lru_cache(1)
 def _workers(given: int) -> ThreadPoolExecutor:
-    """As many as torch has threads: anew, when that was changed. What is found beside the training has others, or a
-    step would wait for it."""
-    return started(given)
+    """With the thread that shares out as many as torch has: anew, when that was changed. What is found beside the
+    training has others, or a step would wait for it."""
+    return started(given - 1)
 
 
 os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of its parent's threads
+
+
+def _together(work: Callable[[], None], size: int, given: int) -> None:
+    """What so many threads do at once, each on one core, this one among them.
+
+    If it only waited, Linux might let two of the others run on one core for up to 70 ms: until this one sleeps there is
+    none idle to wake the last of them on.
+    """
+    let_go()
+    under_way = [_workers(given).submit(work) for _ in range(size - 1)]
+    try:
+        with no_others(), _given(given):
+            work()
+    finally:
+        wait(under_way)  # all, also where one fails: they write to what is kept
+    for one in under_way:
+        one.result()
+
+
+def _until_empty(queue: deque[int], jobs: Sequence[Callable[[], T]], found: dict[int, T]) -> None:
+    while True:
+        try:
+            i = queue.popleft()
+        except IndexError:  # others have the rest
+            return
+        found[i] = _run(jobs[i])
+
+
+@contextmanager
+def _given(number: int) -> Iterator[None]:
+    """What :func:`threads` says in a job."""
+    _own.given = number
+    try:
+        yield
+    finally:
+        del _own.given
 
 
 def _begin(given: int) -> None:
