@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["let_go", "no_others"]
+__all__ = ["let_go", "no_others", "use"]
 
 _Asked = Callable[[int], int]
 
@@ -32,21 +32,25 @@ def let_go() -> None:
 
 @contextmanager
 def no_others() -> Iterator[None]:
-    """Within it this thread's loops use none but itself.
-
-    ``torch.set_num_threads`` would also set the number of every thread that begins meanwhile, as one that saves a
-    checkpoint, and that stays. It serves where torch's libraries do not say how to set this thread's alone.
-    """
-    given, loops, mkl = torch.get_num_threads(), _torchs("omp_set_num_threads"), _torchs("MKL_Set_Num_Threads_Local")
-    before = mkl(1) if mkl is not None else 0
-    ask = loops or torch.set_num_threads
-    ask(1)
+    """Within it this thread's loops use none but itself."""
+    given = torch.get_num_threads()
+    use(1)
     try:
         yield
     finally:
-        ask(given)
-        if mkl is not None:
-            mkl(before)
+        use(given)
+
+
+def use(number: int) -> None:
+    """Set how many this thread's loops use, itself among them.
+
+    ``torch.set_num_threads`` would also set the number of every thread that begins afterwards, as one that saves a
+    checkpoint. It serves where torch's libraries do not say how to set this thread's alone.
+    """
+    loops, mkl = _torchs("omp_set_num_threads"), _torchs("MKL_Set_Num_Threads_Local")
+    (loops or torch.set_num_threads)(number)
+    if mkl is not None:
+        mkl(number)
 
 
 @functools.cache

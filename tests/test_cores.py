@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import oput_dist as oput
-from oput_dist.matrix.cores import parts, shared_out, threads
+from oput_dist.matrix.cores import parts, shared_out, started, threads
 from tests.test_refresh_delay import BOTH, OPTIONS, apart, parameters, train
 
 
@@ -128,6 +128,22 @@ def test_threads_that_begin_meanwhile_have_torchs_number(three_threads: None) ->
 
     shared_out([begin] * 3, [1.0] * 3)
     assert numbers == [3] * 3
+
+
+def test_threads_that_stay_may_be_started_in_a_job(three_threads: None) -> None:
+    """Those that find roots beside the training are."""
+    numbers: list[int] = []
+
+    def job() -> None:
+        with started(2) as pool:
+            assert list(pool.map(lambda _: (threads(), torch.get_num_threads()), range(2))) == [(3, 1)] * 2
+        assert torch.get_num_threads() == 1
+
+    shared_out([job] * 3, [1.0] * 3)
+    one = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+    one.start()
+    one.join()
+    assert numbers == [3]
 
 
 def test_mkl_has_one_thread_in_a_job_too(three_threads: None) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from oput_dist.kernels.team import let_go, no_others
+from oput_dist.kernels.team import let_go, no_others, use
 
 __all__ = ["parts", "shared_out", "started", "threads"]
 
@@ -81,12 +81,13 @@ def started(size: int) -> ThreadPoolExecutor:
     """Threads that stay, each on one core.
 
     A new thread would use all cores in its products: the number is each thread's own. It is also that of threads to
-    come, as autograd's, and so must be set again by who has them started.
+    come, as autograd's, and so must be set again by who has them started, who may be in a job.
     """
-    given, all_of_them = torch.get_num_threads(), Barrier(size)
+    here, given, all_of_them = torch.get_num_threads(), threads(), Barrier(size)
     pool = ThreadPoolExecutor(size, "oput-matrices", initializer=_begin, initargs=(given,))
     list(pool.map(lambda _: all_of_them.wait(), range(size)))
     torch.set_num_threads(given)
+    use(here)
     return pool
 
 
