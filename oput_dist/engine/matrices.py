@@ -166,12 +166,14 @@ def _kept(work: Work, shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str
 def _worked_on(work: Work, wholes: list[torch.Tensor], here: bool, held: Held, turn: Turn) -> Sequence[torch.Tensor]:
     """What is made of some matrices: where they lie here it is written there, beside other work."""
     given = as_stack(wholes)
-    places = list(wholes) if here and given is None else None
+    places = list(wholes) if here else None
     stacked = torch.stack(wholes).contiguous() if given is None else given
     wholes.clear()
     made = work(stacked, held, turn)
     held.finish()
-    return made.unbind() if places is None else [place.copy_(one) for place, one in zip(places, made, strict=True)]
+    if places is None:
+        return made.unbind()
+    return places if made is given else [place.copy_(one) for place, one in zip(places, made, strict=True)]
 
 
 class Matrices:

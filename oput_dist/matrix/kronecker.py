@@ -67,14 +67,12 @@ class Counts:
 
     def refreshed(self, axes: Mapping[int, Sequence[int]], good: Mask, tried: Mask) -> None:
         """Count what was tried at some places of the stack, along some axes, and what of it is good."""
-        every = sorted({place for places in axes.values() for place in places})
-        where_to = torch.tensor(every, device=self.refreshes.device)
-        if good is None:
-            self.refreshes[where_to] += 1
-        else:
-            failed = ~good if tried is None else tried & ~good
-            self.refreshes.index_add_(0, where_to, at(good, every).float())
-            self.failures.index_add_(0, where_to, at(failed, every).float())
+        every = {place for places in axes.values() for place in places}
+        ones = [float(place in every) for place in range(len(self.refreshes))]
+        counted = torch.tensor(ones, device=self.refreshes.device)
+        self.refreshes += counted if good is None else counted * good
+        if good is not None:
+            self.failures += counted * (~good if tried is None else tried & ~good)
 
 
 def succeeded(tried: Mask, axes: Mapping[int, Sequence[int]], fines: Sequence[Mask], like: torch.Tensor) -> Mask:
@@ -197,11 +195,17 @@ def add_to(old: torch.Tensor, gradient: torch.Tensor, axis: int, decay: float, c
         decay: of the old ones; 1 for the sum.
         counting: which matrices count; the others must be zeros, and keep what they have.
     """
-    last = axis == gradient.dim() - 2
-    m = gradient.flatten(1, -2).mT if last else gradient.movedim(axis + 1, 1).flatten(2)
     if counting is not None and decay != 1:
         old *= broadcast(_faded(decay, counting) / decay, old)
-    add_symmetric(old, m, 1.0 - decay if decay != 1 else 1.0, decay)
+    add_symmetric(old, _with_rows(gradient, axis), 1.0 - decay if decay != 1 else 1.0, decay)
+
+
+def _with_rows(stacked: torch.Tensor, axis: int) -> torch.Tensor:
+    """Each of ``[n, *shape]`` as a matrix, with one axis as rows and all others as columns."""
+    if stacked.dim() == 3:
+        return stacked.mT if axis else stacked
+    last = axis == stacked.dim() - 2
+    return stacked.flatten(1, -2).mT if last else stacked.movedim(axis + 1, 1).flatten(2)
 
 
 def side(size: int, dtype: torch.dtype, stored: torch.dtype | None, packing: Packing) -> Kept:
@@ -232,6 +236,8 @@ def along(stacked: torch.Tensor, matrices: torch.Tensor, axis: int, out: torch.T
 
     ``out``, dense and of the result's shape, may be written to.
     """
+    if stacked.dim() == 3:
+        return torch.bmm(stacked, matrices.mT, out=out) if axis else torch.bmm(matrices, stacked, out=out)
     n, size, shape = len(stacked), matrices.shape[1], list(stacked.shape[1:])
     if axis == len(shape) - 1:
         place = None if out is None else out.view(n, -1, size)

@@ -57,9 +57,13 @@ def add_symmetric(old: torch.Tensor, x: torch.Tensor, alpha: float, beta: float)
     if not (_in_panels(x) and can_mirror(old)):
         old.baddbmm_(x, x.mT, beta=beta, alpha=alpha)
         return
-    for at in range(0, x.shape[1], PANEL):
-        panel = x[:, at : at + PANEL].mT
-        old[:, at:, at : at + PANEL].baddbmm_(x[:, at:], panel, beta=beta, alpha=alpha)
+    columns, rest = x.mT, old
+    for at in range(0, old.shape[1], PANEL):
+        below = x if at == 0 else x.narrow(1, at, rest.shape[1])
+        width = min(PANEL, rest.shape[1])
+        rest.narrow(2, at, width).baddbmm_(below, columns.narrow(2, at, width), beta=beta, alpha=alpha)
+        if width < rest.shape[1]:
+            rest = rest.narrow(1, width, rest.shape[1] - width)
     mirror(old)
 
 

@@ -36,7 +36,7 @@ class Scales:
 
     Args:
         decay: of the average of squares.
-        eps: added to the root, ``[n]``, float64.
+        eps: added to the root, ``[n]``, or ``[1]`` where it is the same of all; float64.
         size: of the result, likewise.
         counting: ``[n]`` bool; where it says that a matrix does not count, the average stays. None: all count.
     """
@@ -52,7 +52,7 @@ class Scales:
 
     @functools.cached_property
     def table(self) -> torch.Tensor:
-        """``[n, 4]``, float32."""
+        """``[n, 4]`` or ``[1, 4]``, float32."""
         return torch.stack(self.weights, 1).float()
 
 
@@ -94,16 +94,17 @@ def _in_torch(x: torch.Tensor, g: torch.Tensor, squares: torch.Tensor, h: Scales
 def _in_one_pass(*stacks: torch.Tensor) -> bool:
     """Whether a pass in C++ takes them; of matrices of one shape the same wherever they are worked on."""
     first = stacks[0]
-    fits = first.device.type == "cpu" and first.dtype == torch.float32 and first[0].numel() >= _FROM
+    fits = first.device.type == "cpu" and first.dtype == torch.float32 and first.numel() >= _FROM * len(first)
     return fits and all(each.is_contiguous() for each in stacks) and _library(0) is not None
 
 
 def _run(
     terms: int, x: torch.Tensor, g: torch.Tensor, squares: torch.Tensor, h: Scales, out: torch.Tensor
 ) -> torch.Tensor | None:
-    n, size = len(x), x[0].numel()
+    n, size = len(x), x.numel() // len(x)
+    rows = range(n) if len(h.table) == n else [0] * n
     addresses = [[each.data_ptr() + i * size * each.element_size() for i in range(n)] for each in (x, g, squares, out)]
-    return run_loop(_library(terms), [size] * n, range(n), addresses, h.table, terms)
+    return run_loop(_library(terms), [size] * n, rows, addresses, h.table, terms)
 
 
 @functools.cache

@@ -24,8 +24,7 @@ def by_eigenvalues(stacked: torch.Tensor, root: float, ridge: float = 0.0) -> to
     """``(A + ridge I)^(-1/root)`` by an eigendecomposition. Eigenvalues that rounding made negative count as zero."""
     values, vectors = _eigh(stacked)
     powers = (values.clamp(min=torch.finfo(stacked.dtype).tiny) + ridge).pow(-1.0 / root)
-    found: torch.Tensor = (vectors * powers.unsqueeze(-2)) @ vectors.mT
-    return found
+    return torch.bmm(vectors * powers.unsqueeze(-2), vectors.mT)
 
 
 def _eigh(stacked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,7 +43,7 @@ _ROOT_COST = 35.0
 
 
 class _Corrections(NamedTuple):
-    """What depends on the steps that counted, ``[n]``, float64."""
+    """What depends on the steps that counted, ``[n]``, or ``[1]`` where they are the same of all; float64."""
 
     filtered: torch.Tensor
     """What the average of gradients is multiplied by, where there is one."""
@@ -111,7 +111,8 @@ class Precondition(Kronecker):
 
     def _corrections(self, counts: Counts, counting: Mask) -> _Corrections:
         if readable(counts.steps):
-            return _known_corrections(self, tuple(counts.steps.tolist()))
+            steps = counts.steps.tolist()
+            return _known_corrections(self, tuple(steps if len(set(steps)) > 1 else steps[:1]))
         return self.corrections(counts.steps.double(), counting)
 
     def corrections(self, steps: torch.Tensor, counting: Mask = None) -> _Corrections:
@@ -197,8 +198,11 @@ class Precondition(Kronecker):
     ) -> list[torch.Tensor]:
         """Of each axis those at some places, unbiased."""
         correction = self._corrections(counts, None).statistics
-        factors = [(places, held.numbers(f"factor_{axis}", like.dtype, places)) for axis, places in axes.items()]
-        return [factor / broadcast(at(correction, places), factor) for places, factor in factors]
+        found = []
+        for axis, places in axes.items():
+            factor = held.numbers(f"factor_{axis}", like.dtype, places)
+            found.append(factor / broadcast(correction if len(correction) == 1 else at(correction, places), factor))
+        return found
 
     def _roots(self, order: int, factors: Sequence[torch.Tensor]) -> Checked:
         return inverse_roots(factors, self._root(order), self.eps, self.root_method)
@@ -223,7 +227,7 @@ def _norm(stacked: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(64)
 def _known_corrections(work: Precondition, steps: tuple[float, ...]) -> _Corrections:
-    """Most matrices have counted the same steps, and to make these takes as long as a pass over one."""
+    """Matrices have counted the same steps, most of them, and to make these takes as long as a pass over one."""
     return work.corrections(torch.tensor(steps, dtype=torch.float64, device="cpu"))
 
 
