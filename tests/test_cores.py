@@ -50,9 +50,10 @@ def test_each_has_a_core_and_what_would_leave_others_idle_has_all(three_threads:
 @pytest.mark.parametrize(
     ("costs", "size", "wanted"),
     [
-        ([1] * 24, 256, [4] * 6),  # no more than stay in a cache, and each core as often
+        ([1] * 24, 256, [4] * 6),  # each core twice
         ([1] * 20, 256, [3, 4, 3, 3, 4, 3]),
-        ([3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 3], 256, [4, 6, 2]),  # as long, not as many
+        ([1] * 108, 256, [12] * 9),  # and oftener, so that no more than 16 are worked on at a time
+        ([3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3, 3], 256, [1, 3, 3, 3, 1, 1]),  # as long, not as many
         ([1, 1], 256, [1, 1]),
         ([9, 1, 1], 1024, [1, 2]),
         ([1] * 500, 8, [500]),  # too small to share out

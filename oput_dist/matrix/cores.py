@@ -22,9 +22,11 @@ __all__ = ["parts", "shared_out", "started", "threads"]
 
 T = TypeVar("T")
 
-_PART = 2**18
-"""Elements of matrices that a core works on at a time: with fewer, Python and what torch does for each operation are
-read into its caches anew too often; with more, the matrices are."""
+_PART = 2**20
+"""Elements of matrices that a core works on at a time, at most. With fewer, Python and what torch does for each operation
+are read into its caches anew too often, and threads wait for each other's."""
+_TURNS = 2
+"""Of each core, at least: what one finishes earlier, as estimates are, is a part of its last turn."""
 _LEAST = 2**16
 """Elements of matrices that are worth a turn of their own."""
 _own = local()
@@ -58,7 +60,7 @@ def parts(costs: Sequence[float], elements: int) -> list[slice]:
     """Which of some matrices of so many elements each are worked on at a time: for about as long, and as often on each
     core, unless they are too small to share out."""
     most, cores, count = max(1, _PART // max(1, elements)), threads(), len(costs)
-    turns = -(-count // (most * cores))
+    turns = max(_TURNS, -(-count // (most * cores)))
     jobs = max(1, min(count, turns * cores, count * elements // _LEAST))
     until = [0.0, *accumulate(costs)]
     edges = sorted({_nearest(until, until[-1] * job / jobs) for job in range(jobs)} | {count})
