@@ -57,6 +57,12 @@ def of(library: str, name: str, **options: Any) -> Make:
     return lambda params: getattr(importlib.import_module(library), name)(params, lr=1e-3, **options)
 
 
+def routed(params: Sequence[torch.Tensor]) -> Any:
+    """pytorch_optimizer's Muon, which is told what is a matrix."""
+    muon = importlib.import_module("pytorch_optimizer").Muon
+    return muon([{"params": list(params), "use_muon": True}], lr=1e-3)
+
+
 class InFp32:
     """torch's Muon, which iterates in bfloat16, made to iterate in the dtype of the gradients."""
 
@@ -88,14 +94,15 @@ CONTENDERS: dict[str, dict[str, Make]] = {
         "oput": lambda p: oput.SOAP(p, lr=1e-3, precondition_frequency=EVERY),
         "oput, delayed": lambda p: oput.SOAP(p, lr=1e-3, precondition_frequency=EVERY, refresh_delay=DELAY),
         "pytorch_optimizer": of("pytorch_optimizer", "SOAP", precondition_frequency=EVERY),
-        "heavyball": of("heavyball", "ForeachSOAP", precondition_frequency=EVERY),
+        "heavyball": of("heavyball", "SOAP", precondition_frequency=EVERY),
     },
     "muon": {
         "oput": lambda p: oput.Muon(p, lr=1e-3, ns_dtype="bfloat16"),
         "oput, fp32": lambda p: oput.Muon(p, lr=1e-3),
         "torch": of("torch.optim", "Muon"),
         "torch, fp32": lambda p: InFp32(torch.optim.Muon(p, lr=1e-3)),
-        "pytorch_optimizer": of("pytorch_optimizer", "Muon"),
+        "pytorch_optimizer": routed,
+        "heavyball": of("heavyball", "Muon"),
     },
 }
 

@@ -65,9 +65,28 @@ def test_each_has_a_core_and_what_would_leave_others_idle_has_all(three_threads:
 def test_matrices_are_worked_on_together_by_as_many_as_pay(
     three_threads: None, costs: list[float], size: int, wanted: list[int]
 ) -> None:
-    made = parts(costs, size * size)
+    (made,) = parts([costs], [size * size])
     assert [place for part in made for place in range(len(costs))[part]] == list(range(len(costs)))
     assert [len(costs[part]) for part in made] == wanted
+
+
+@pytest.mark.parametrize(
+    ("costs", "wanted"),
+    [
+        ([[4, 4]] * 6, [2] * 6),  # each core has two parts
+        ([[4, 4]] * 5 + [[4, 2], [1, 1]], [2] * 7),
+        ([[2] * 6] * 4, [2, 2, 2, 3, 3, 3, 3, 3, 3]),  # or one core would have 18 and another 12
+        ([], []),
+        ([[30], [1, 1, 1]], [1, 3]),  # what cannot be cut takes longest, whatever becomes of the others
+    ],
+)
+def test_no_more_are_cut_than_cores_must_have_as_much(
+    three_threads: None, costs: list[list[float]], wanted: list[int]
+) -> None:
+    made = parts(costs, [2**16] * len(costs))
+    for each, cut in zip(costs, made, strict=True):
+        assert [place for part in cut for place in range(len(each))[part]] == list(range(len(each)))
+    assert [len(each[part]) for each, cut in zip(costs, made, strict=True) for part in cut] == wanted
 
 
 def test_an_error_comes_through_and_leaves_no_thread_count(three_threads: None) -> None:

@@ -74,7 +74,7 @@ class _Family:
         """See :meth:`Matrices.run`."""
 
         def work(wholes: Wholes, here: bool) -> Wholes:
-            every = [part for alike in self._alike(wholes) for part in self._parts(alike, steps)]
+            every = self._parts(self._alike(wholes), steps)
             jobs = [self._job(numbers, wholes, here, state, steps) for numbers, _ in every]
             made = shared_out(jobs, [cost for _, cost in every]) if self._on_cpu else [job() for job in jobs]
             return {
@@ -109,16 +109,24 @@ class _Family:
             alike.setdefault((block.shape, block.work, block.slot.group), []).append(i)
         return list(alike.values())
 
-    def _parts(self, alike: Sequence[int], steps: Mapping[int, int]) -> list[tuple[Sequence[int], float]]:
-        """What is worked on at a time, with its cost: as much as a core's cache takes, or all on GPUs, where each
-        launch costs."""
+    def _parts(self, alike: Sequence[Sequence[int]], steps: Mapping[int, int]) -> list[tuple[Sequence[int], float]]:
+        """What is worked on at a time, with its cost: on GPUs, where each launch costs, all that are alike."""
         if not self._on_cpu:
-            return [(alike, 0.0)]
-        blocks = [self.blocks[i] for i in alike]
+            return [(numbers, 0.0) for numbers in alike]
+        costs = [self._costs(numbers, steps) for numbers in alike]
+        cuts = parts(costs, [prod(self.blocks[numbers[0]].shape) for numbers in alike])
+        return [
+            (numbers[part], sum(each[part]))
+            for numbers, each, cut in zip(alike, costs, cuts, strict=True)
+            for part in cut
+        ]
+
+    def _costs(self, numbers: Sequence[int], steps: Mapping[int, int]) -> list[float]:
+        """Of matrices that are alike, in this step."""
+        blocks = [self.blocks[i] for i in numbers]
         work, shape, step = blocks[0].work, blocks[0].shape, steps[blocks[0].slot.group]
         known = {phases: work.load(shape, Turn(step, (phases,))) for phases in {block.phases for block in blocks}}
-        costs = [known[block.phases] for block in blocks]
-        return [(alike[part], sum(costs[part])) for part in parts(costs, prod(shape))]
+        return [known[block.phases] for block in blocks]
 
     def _job(
         self, numbers: Sequence[int], wholes: Wholes, here: bool, state: State, steps: Mapping[int, int]

@@ -23,15 +23,16 @@ __all__ = ["parts", "shared_out", "started", "threads"]
 T = TypeVar("T")
 
 _PART = 2**20
-"""Elements of matrices that a core works on at a time, at most. With fewer, Python and what torch does for each operation
-are read into its caches anew too often, and threads wait for each other's."""
+"""Elements of matrices that a core works on at a time, at most: of more the memory that is used meanwhile counts, and
+with fewer what torch and Python do for each operation."""
 _TURNS = 2
-"""Of each core, at least: what one finishes earlier, as estimates are, is a part of its last turn."""
+"""Of each core, about: if one is later than was estimated, others take what is left."""
 _LEAST = 2**16
-"""Elements of matrices that are worth a turn of their own."""
+"""Elements of matrices that are worth being worked on by themselves."""
 _own = local()
 _UNEVEN = 1.1
-"""How much longer than an even share the cores may take, before a piece gets all threads instead of one."""
+"""How much longer than an even share the cores may take, before matrices are cut into more parts, or a piece gets all
+threads instead of one."""
 
 
 def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
@@ -56,15 +57,55 @@ def shared_out(jobs: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[
     return [found[i] for i in range(len(jobs))]
 
 
-def parts(costs: Sequence[float], elements: int) -> list[slice]:
-    """Which of some matrices of so many elements each are worked on at a time: for about as long, and as often on each
-    core, unless they are too small to share out."""
-    most, cores, count = max(1, _PART // max(1, elements)), threads(), len(costs)
-    turns = max(_TURNS, -(-count // (most * cores)))
-    jobs = max(1, min(count, turns * cores, count * elements // _LEAST))
+def parts(costs: Sequence[Sequence[float]], elements: Sequence[int]) -> list[list[slice]]:
+    """Which of some matrices are worked on at a time.
+
+    As many as can be, as few times as leave no core idle: to call torch for a matrix may take longer than its work.
+
+    Args:
+        costs: of each matrix, in any unit, estimated; of those that are alike together.
+        elements: of each matrix of those that are alike.
+    """
+    return _parts(tuple(map(tuple, costs)), tuple(elements), threads())
+
+
+@functools.lru_cache(256)
+def _parts(costs: Sequence[Sequence[float]], elements: Sequence[int], cores: int) -> list[list[slice]]:
+    even = sum(map(sum, costs)) / cores
+    most = [max(1, min(len(each), len(each) * size // _LEAST)) for each, size in zip(costs, elements, strict=True)]
+    jobs = [_jobs(each, size, cores, even / _TURNS) for each, size in zip(costs, elements, strict=True)]
+    jobs = [min(wanted, limit) for wanted, limit in zip(jobs, most, strict=True)]
+    good = max([_UNEVEN * even, *map(max, costs)])
+    best, least = jobs, _longest(costs, jobs, cores)
+    for _ in range(cores):
+        more = [i for i, number in enumerate(jobs) if number < most[i]]
+        if least <= good or not more:
+            break
+        finer = [[*jobs[:i], jobs[i] + 1, *jobs[i + 1 :]] for i in more]
+        jobs = min(finer, key=lambda other: _longest(costs, other, cores))
+        if (longest := _longest(costs, jobs, cores)) < least:
+            best, least = jobs, longest
+    return [_cut(each, number) for each, number in zip(costs, best, strict=True)]
+
+
+def _jobs(costs: Sequence[float], elements: int, cores: int, share: float) -> int:
+    """How many times some matrices that are alike are worked on, if each takes about so long."""
+    most = max(1, _PART // max(1, elements))
+    turns = -(-len(costs) // (most * cores))
+    return max(turns * cores if turns > 1 else -(-len(costs) // most), round(sum(costs) / share) if share else 1)
+
+
+def _cut(costs: Sequence[float], jobs: int) -> list[slice]:
+    """So many parts, that take about as long."""
     until = [0.0, *accumulate(costs)]
-    edges = sorted({_nearest(until, until[-1] * job / jobs) for job in range(jobs)} | {count})
+    edges = sorted({_nearest(until, until[-1] * job / jobs) for job in range(jobs)} | {len(costs)})
     return [slice(start, end) for start, end in pairwise(edges)]
+
+
+def _longest(costs: Sequence[Sequence[float]], jobs: Sequence[int], cores: int) -> float:
+    """How long it takes, with so many parts of those that are alike."""
+    every = [sum(each[part]) for each, number in zip(costs, jobs, strict=True) for part in _cut(each, number)]
+    return _time(sorted(every, reverse=True), cores)
 
 
 def _nearest(rising: Sequence[float], wanted: float) -> int:
@@ -145,12 +186,17 @@ def _begin(given: int) -> None:
     torch.set_num_threads(1)
 
 
-def _uneven(costs: Sequence[float], threads: int) -> bool:
-    """Whether jobs, the dearest first to whichever core is free, take much longer than if they could be divided."""
-    busy = [0.0] * min(threads, len(costs))
+def _uneven(costs: Sequence[float], cores: int) -> bool:
+    """Whether jobs, the dearest first, take much longer than if they could be divided."""
+    return _time(costs, cores) > _UNEVEN * sum(costs) / cores
+
+
+def _time(costs: Sequence[float], cores: int) -> float:
+    """That of jobs, the dearest first, each on whichever core is free."""
+    busy = [0.0] * cores
     for cost in costs:
         heapq.heapreplace(busy, busy[0] + cost)
-    return max(busy) > _UNEVEN * sum(costs) / threads
+    return max(busy)
 
 
 def _run(job: Callable[[], T]) -> T:

@@ -73,22 +73,16 @@ def orthogonalized(stacked: torch.Tensor, coefficients: Sequence[Sequence[float]
     Returns:
         of the shape and dtype of ``stacked``, in which it computes.
     """
-    norm = torch.linalg.vector_norm(stacked, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    tall = stacked.shape[-2] > stacked.shape[-1]  # then its transpose, so that the Gram matrix is the small one
-    x = _transposed(stacked).div_(norm) if tall else stacked / norm
-    for run in runs(coefficients, x.shape[-2], x.shape[-1], x.dtype):
-        x = _iterated(x, run)
-    return _transposed(x) if tall else x
+    return _overwritten(stacked.clone(), coefficients, eps)
 
 
-def _transposed(stacked: torch.Tensor) -> torch.Tensor:
-    """A copy: on CPUs products of a view take up to three times as long, and stacks are copied slower than matrices."""
-    if stacked.device.type != "cpu":
-        return stacked.mT.clone()
-    made = stacked.new_empty(stacked.mT.shape)
-    for one, new in zip(stacked, made, strict=True):
-        new.copy_(one.T)
-    return made
+def _overwritten(x: torch.Tensor, coefficients: Sequence[Sequence[float]], eps: float) -> torch.Tensor:
+    """:func:`orthogonalized`, in the memory of ``x`` or in other."""
+    x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps))
+    spare = torch.empty_like(x)
+    for run in runs(coefficients, min(x.shape[1:]), max(x.shape[1:]), x.dtype):
+        x, spare = _iterated(x, run, spare), x
+    return x
 
 
 def runs(
@@ -113,26 +107,31 @@ def runs(
     return made
 
 
-def _iterated(x: torch.Tensor, run: Sequence[Sequence[float]]) -> torch.Tensor:
-    """``x`` after a run of iterations ``x -> P x``, where ``P = a + b y + c y y`` and ``y = x x^T``.
+def _iterated(x: torch.Tensor, run: Sequence[Sequence[float]], out: torch.Tensor) -> torch.Tensor:
+    """``x`` after a run of iterations ``x -> P x``, where ``P = a + b y + c y y`` and ``y = x x^T``; of tall ones
+    ``x -> x P`` and ``y = x^T x``, which is the same. It is written to ``out``.
 
     All ``P`` of a run are polynomials of its first ``y``: they and ``y`` are symmetric and commute, so ``y`` goes on as
     ``P y P``, and only the product of all ``P`` has to meet ``x``, whose columns are many.
     """
-    gram = symmetric(x)
+    tall = x.shape[1] > x.shape[2]
+    gram = symmetric(x.mT if tall else x)
     (a, b, c), *others = run
     polynomial = symmetric(gram, gram, alpha=c, beta=b)  # always without a, which is added where it multiplies
     if not others:
-        return torch.baddbmm(x, polynomial, x, beta=a)
+        left, right = (x, polynomial) if tall else (polynomial, x)
+        return torch.baddbmm(x, left, right, beta=a, out=out)
     product = polynomial.clone()
     product.diagonal(dim1=-2, dim2=-1).add_(a)
-    for following, b, c in others:
+    for number, (following, b, c) in enumerate(others, 2):
         gram = torch.baddbmm(gram, polynomial, gram, beta=a)
         gram = torch.baddbmm(gram, gram, polynomial, beta=a)
-        gram = (gram + gram.mT) / 2  # symmetric but for rounding, which the next products would make more of
+        if number < len(run):
+            gram = gram.lerp(gram.mT, 0.5)  # symmetric but for rounding, which the next products would make more of
         a, polynomial = following, symmetric(gram, gram, alpha=c, beta=b)
         product = torch.baddbmm(product, polynomial, product, beta=a)
-    return product @ x
+    left, right = (x, product) if tall else (product, x)
+    return torch.bmm(left, right, out=out)
 
 
 def _operations(run: Sequence[Sequence[float]], rows: int, columns: int) -> float:
@@ -166,7 +165,7 @@ class Orthogonalize(Work):
         matrices, shape = stacked.flatten(2), stacked.shape
         on_gpu = stacked.device.type == "cuda" and stacked.dtype == torch.float32
         dtype = self.dtype or (torch.bfloat16 if on_gpu else stacked.dtype)
-        made = orthogonalized(matrices.to(dtype), self.coefficients, self.eps)
+        made = _overwritten(matrices.to(dtype), self.coefficients, self.eps)
         factor = self.factor(matrices.shape[1], matrices.shape[2])
         result = matrices.copy_(made)
         return (result if factor == 1 else result.mul_(factor)).view(shape)
